@@ -1,0 +1,114 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Which queue a chunk is in, and what must happen to it at a time of day. Keeper-private. */
+#include <stdlib.h>
+
+#include "cn_keeper.h"
+
+#define NS_IN_S 1000000000ull
+
+uint32_t cn_parent_of(void *keeper, uint32_t d)
+{
+    const struct cn_keeper *k = keeper;
+    uint32_t parent = cn_live_of(k, k->catalog.cold[d].parent);
+    /* Only one of the same queue set: a chain may cross from one tenant's domain to another. */
+    if (parent == CN_NONE || k->nodes[parent].reserved != k->nodes[d].reserved ||
+        k->nodes[parent].queue == 0)
+        return CN_NONE;
+    return parent;
+}
+
+/* ---- domains: one policy instance for each (quota namespace or the rest) and priority band ------ */
+
+static uint32_t band_of(int8_t priority)
+{
+    return priority < 0 ? 0 : priority == 0 ? 1 : 2;
+}
+
+static uint32_t capacity_in_chunks(const struct cn_keeper *k)
+{
+    uint64_t mean = k->count.live_chunks == 0 ? 65536 : k->count.live_bytes / k->count.live_chunks;
+    uint64_t chunks = k->high_bytes / (mean == 0 ? 1 : mean);
+    if (chunks > k->catalog.chunk_count)
+        chunks = k->catalog.chunk_count;
+    return chunks == 0 ? 1 : (uint32_t)chunks;
+}
+
+struct cn_policy *cn_domain_for(struct cn_keeper *k, uint32_t ns, int8_t priority, uint16_t *ret_id)
+{
+    uint32_t group = k->catalog.namespaces[ns].quota_bytes != 0 ? ns : 0;
+    uint32_t id = group * CN_BANDS + band_of(priority) + 1;
+    if (k->domains[id] == NULL) {
+        k->domains[id] = cn_policy_create(k->policy_name, k->nodes, k->catalog.chunk_count,
+                                          capacity_in_chunks(k), cn_parent_of, k);
+        if (k->domains[id] == NULL)
+            return NULL;
+        k->domain_list[k->domain_count++] = id;
+    }
+    *ret_id = (uint16_t)id;
+    return k->domains[id];
+}
+
+void cn_policy_add(struct cn_keeper *k, uint32_t d)
+{
+    uint16_t id;
+    uint32_t ns = cn_place_ns(k->catalog.chunks[d].place);
+    struct cn_policy *p = cn_domain_for(k, ns, k->catalog.cold[d].priority, &id);
+    if (p == NULL)
+        return; /* memory is short: the chunk stays until it is deleted or the pool restarts */
+    k->nodes[d].reserved = id;
+    cn_policy_set_capacity(p, capacity_in_chunks(k));
+    p->ops->insert(p, d, cn_parent_of(k, d), cn_chunk_hash(k, d).h1,
+                   (uint32_t)(k->realtime_ns / NS_IN_S));
+}
+
+void cn_policy_drop(struct cn_keeper *k, uint32_t d, bool evicted)
+{
+    struct cn_policy *p = k->domains[k->nodes[d].reserved];
+    if (k->nodes[d].queue != 0 && p != NULL)
+        p->ops->remove(p, d, cn_chunk_hash(k, d).h1, evicted);
+    k->nodes[d].reserved = 0;
+}
+
+/* ---- timers: a binary heap of (time, ref); a ref that is gone by then is passed over ------------- */
+
+static void timer_swap(struct cn_timers *t, uint32_t a, uint32_t b)
+{
+    struct cn_timer held = t->heap[a];
+    t->heap[a] = t->heap[b];
+    t->heap[b] = held;
+}
+
+int cn_timer_add(struct cn_timers *t, uint64_t at_ns, uint64_t ref)
+{
+    if (t->count == t->room) {
+        uint32_t room = t->room == 0 ? 64 : t->room * 2;
+        struct cn_timer *heap = realloc(t->heap, room * sizeof(*heap));
+        if (heap == NULL)
+            return CN_ENOMEM;
+        t->heap = heap;
+        t->room = room;
+    }
+    uint32_t i = t->count++;
+    t->heap[i] = (struct cn_timer){at_ns, ref};
+    for (; i > 0 && t->heap[i].at_ns < t->heap[(i - 1) / 2].at_ns; i = (i - 1) / 2)
+        timer_swap(t, i, (i - 1) / 2);
+    return CN_OK;
+}
+
+bool cn_timer_pop(struct cn_timers *t, uint64_t now_ns, uint64_t *ret_ref)
+{
+    if (t->count == 0 || t->heap[0].at_ns > now_ns)
+        return false;
+    *ret_ref = t->heap[0].ref;
+    t->heap[0] = t->heap[--t->count];
+    for (uint32_t i = 0;;) {
+        uint32_t least = i;
+        for (uint32_t child = 2 * i + 1; child <= 2 * i + 2; child++)
+            if (child < t->count && t->heap[child].at_ns < t->heap[least].at_ns)
+                least = child;
+        if (least == i)
+            return true;
+        timer_swap(t, i, least);
+        i = least;
+    }
+}

@@ -1,0 +1,220 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The client's side of the rings and the doorbell.
+ *
+ *   client: write record; release tail; full fence; load `sleeping`; 1 -> write(eventfd)
+ *   keeper: store sleeping = 1; full fence; look at all tails again; nothing -> epoll_wait
+ */
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "cn_client.h"
+
+#define SPIN_NS 30000u               /* the keeper answers within a few microseconds when awake */
+#define NAP_MS 5u                    /* re-check even if a wake-up was missed with a dead keeper */
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+void cn_ring_doorbell(struct cn_client *c)
+{
+    cn_fence(); /* pairs with the keeper's fence between sleeping = 1 and its last look */
+    if (cn_load_relaxed(&c->catalog.super->sleeping) == 0)
+        return;
+    uint64_t one = 1;
+    ssize_t ignored = write(c->doorbell_fd, &one, sizeof(one));
+    (void)ignored; /* a full counter is a ringing doorbell */
+}
+
+static void futex_sleep(struct cn_client *c, uint32_t seen, uint64_t ns)
+{
+    struct timespec t = {.tv_sec = (time_t)(ns / 1000000000u),
+                         .tv_nsec = (long)(ns % 1000000000u)};
+    syscall(SYS_futex, &c->head->wake_seq, FUTEX_WAIT, seen, &t, NULL, 0);
+}
+
+static int wait_until(struct cn_client *c, cn_done_fn done, uint64_t arg, uint32_t wait_ms,
+                      uint32_t nap_ms)
+{
+    uint64_t start = now_ns();
+    uint64_t wait_ns = (uint64_t)wait_ms * 1000000u;
+    while (!done(c, arg)) {
+        uint64_t waited = now_ns() - start;
+        if (waited >= wait_ns)
+            return CN_ETIME;
+        if (waited < SPIN_NS) {
+            cn_cpu_relax();
+            continue;
+        }
+        uint32_t seen = cn_load32_acquire(&c->head->wake_seq);
+        cn_add_relaxed(&c->head->waiters, 1);
+        cn_fence(); /* pairs with the keeper's fence between publishing and loading waiters */
+        if (!done(c, arg)) {
+            uint64_t left = wait_ns - waited;
+            uint64_t nap = (uint64_t)nap_ms * 1000000u;
+            futex_sleep(c, seen, left < nap ? left : nap);
+        }
+        cn_add_relaxed(&c->head->waiters, (uint64_t)-1);
+    }
+    return CN_OK;
+}
+
+int cn_wait_until(struct cn_client *c, cn_done_fn done, uint64_t arg, uint32_t wait_ms)
+{
+    return wait_until(c, done, arg, wait_ms, NAP_MS);
+}
+
+void cn_wake_waiters(struct cn_client *c)
+{
+    /* Another value than any waiter saw, so that one on its way into the kernel comes back, too. */
+    cn_store32_release(&c->head->wake_seq, cn_load32_relaxed(&c->head->wake_seq) + 1);
+    syscall(SYS_futex, &c->head->wake_seq, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
+static bool ring_has_room(struct cn_client *c, uint64_t tail)
+{
+    return tail - cn_load_acquire(&c->head->sub_head) < CN_RING_RECORDS;
+}
+
+/* Never waits with the lock held: another caller may hold Python's GIL while it wants the lock. */
+static bool try_submit(struct cn_client *c, const struct cn_record *record, uint64_t *ret_tail)
+{
+    pthread_mutex_lock(&c->sub_lock);
+    uint64_t tail = c->sub_tail;
+    bool room = ring_has_room(c, tail);
+    if (room) {
+        c->sub[tail % CN_RING_RECORDS] = *record;
+        c->sub_tail = tail + 1;
+        /* Release: the record, and the bytes it speaks of, before the tail that shows it. */
+        cn_store_release(&c->head->sub_tail, tail + 1);
+    }
+    pthread_mutex_unlock(&c->sub_lock);
+    *ret_tail = tail;
+    return room;
+}
+
+int cn_submit(struct cn_client *c, const struct cn_record *record, uint32_t wait_ms)
+{
+    uint64_t tail;
+    uint64_t deadline_ns = now_ns() + (uint64_t)wait_ms * 1000000u;
+    while (!try_submit(c, record, &tail)) {
+        uint64_t now = now_ns();
+        cn_ring_doorbell(c);
+        uint32_t left_ms = now < deadline_ns ? (uint32_t)((deadline_ns - now) / 1000000u) : 0;
+        if (cn_wait_until(c, ring_has_room, tail, left_ms) != CN_OK)
+            return CN_ERING;
+    }
+    cn_ring_doorbell(c);
+    return CN_OK;
+}
+
+static bool drained(struct cn_client *c, uint64_t tail)
+{
+    return (int64_t)(cn_load_acquire(&c->head->sub_head) - tail) >= 0;
+}
+
+int cn_flush(struct cn_client *c, uint32_t wait_ms)
+{
+    int status = cn_usable(c);
+    if (status != CN_OK)
+        return status;
+    pthread_mutex_lock(&c->sub_lock);
+    uint64_t tail = c->sub_tail;
+    pthread_mutex_unlock(&c->sub_lock);
+    cn_ring_doorbell(c);
+    return cn_wait_until(c, drained, tail, wait_ms);
+}
+
+/* ---- operations that are answered ------------------------------------------------------------- */
+
+static bool completion_there(struct cn_client *c, uint64_t arg)
+{
+    (void)arg;
+    return cn_load_acquire(&c->head->comp_tail) != c->comp_head;
+}
+
+/* Read completions until ours; op_lock is held. Leftovers of calls that timed out are passed over. */
+static int await_cookie(struct cn_client *c, uint64_t cookie, uint32_t wait_ms, uint64_t *ret_value)
+{
+    for (uint32_t looked = 0; looked < 2 * CN_COMPLETIONS; looked++) {
+        int status = cn_wait_until(c, completion_there, 0, wait_ms);
+        if (status != CN_OK)
+            return status;
+        struct cn_completion completion = c->comp[c->comp_head % CN_COMPLETIONS];
+        c->comp_head++;
+        cn_store_release(&c->head->comp_head, c->comp_head);
+        if (completion.cookie == cookie) {
+            *ret_value = completion.value;
+            return completion.status;
+        }
+    }
+    return CN_ECORRUPT;
+}
+
+static int submit_keys(struct cn_client *c, struct cn_record *record, const uint8_t *keys,
+                       uint32_t key_count, uint32_t wait_ms)
+{
+    for (uint32_t i = 0; i < key_count; i++) {
+        memcpy(record->key, keys + (size_t)i * CN_KEY_BYTES, CN_KEY_BYTES);
+        int status = cn_submit(c, record, wait_ms);
+        if (status != CN_OK)
+            return status;
+    }
+    return CN_OK;
+}
+
+int cn_keys_op(struct cn_client *c, uint32_t op, uint32_t ns_slot, const uint8_t *keys,
+               uint32_t key_count, uint64_t arg, uint32_t wait_ms, uint32_t *ret_done)
+{
+    int status = cn_usable(c);
+    if (status != CN_OK)
+        return status;
+    if (c->role < CN_ROLE_WRITER)
+        return CN_EACCES;
+    if (key_count > CN_KEYS_PER_CALL_MAX || ns_slot >= CN_NAMESPACES_MAX)
+        return CN_ELIMIT;
+    struct cn_record record = {.op = (uint8_t)op, .ns_slot = (uint16_t)ns_slot, .arg = arg};
+    struct cn_record last = {.op = CN_OP_NOP, .ns_slot = (uint16_t)ns_slot};
+    uint64_t done = 0;
+    pthread_mutex_lock(&c->op_lock);
+    last.cookie = c->next_cookie++;
+    status = submit_keys(c, &record, keys, key_count, wait_ms);
+    if (status == CN_OK)
+        status = cn_submit(c, &last, wait_ms);
+    if (status == CN_OK)
+        status = await_cookie(c, last.cookie, wait_ms, &done);
+    pthread_mutex_unlock(&c->op_lock);
+    *ret_done = (uint32_t)done;
+    return status;
+}
+
+int cn_report(struct cn_client *c, uint32_t op, uint64_t ref, uint32_t crc32c)
+{
+    struct cn_record record = {.op = (uint8_t)op, .grant = ref, .crc32c = crc32c};
+    return cn_submit(c, &record, 1000);
+}
+
+static bool event_there(struct cn_client *c, uint64_t sequence)
+{
+    return cn_load_acquire(&c->catalog.super->event_head) > sequence ||
+           cn_usable(c) != CN_OK;
+}
+
+int cn_events_wait(struct cn_client *c, uint64_t sequence, uint32_t wait_ms)
+{
+    int status = cn_usable(c);
+    if (status != CN_OK)
+        return status;
+    cn_store_release(&c->head->follows, 1);
+    /* No naps: who follows a quiet pool sleeps until an event, close or the deadline. */
+    status = wait_until(c, event_there, sequence, wait_ms, wait_ms);
+    return status == CN_OK ? cn_usable(c) : status;
+}

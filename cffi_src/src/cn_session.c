@@ -1,0 +1,402 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The keeper's half of a session. Whatever the client wrote is hostile input (I4). */
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "cn_keeper.h"
+
+#define DEATH_LOOK_NS 5000000ull         /* 5 ms between looks at a lock that should become free */
+#define DEATH_LOOK_MAX_NS 1000000000ull  /* a closed socket of a living process: rarely */
+
+/* ---- records -------------------------------------------------------------------------------------- */
+
+static uint32_t find_for(struct cn_keeper *k, const struct cn_session *s, const struct cn_record *r)
+{
+    if (s->role < CN_ROLE_WRITER || r->ns_slot == 0 || r->ns_slot >= CN_NAMESPACES_MAX ||
+        (s->allowed[r->ns_slot / 64] >> (r->ns_slot % 64) & 1) == 0)
+        return CN_NONE;
+    struct cn_key key;
+    memcpy(&key, r->key, sizeof(key));
+    struct cn_hash h = cn_hash_key(k->catalog.hash_seed, r->ns_slot, &key);
+    uint32_t d;
+    uint64_t word;
+    return cn_index_find(&k->catalog, h, r->ns_slot, &key, &d, &word) ? d : CN_NONE;
+}
+
+static void do_keyed(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r)
+{
+    uint32_t d = find_for(k, s, r);
+    if (d == CN_NONE)
+        return;
+    bool took_effect = true;
+    if (r->op == CN_OP_PIN) {
+        took_effect = cn_set_pin(k, d, r->arg);
+    } else if (r->op == CN_OP_UNPIN) {
+        cn_clear_pin(k, d);
+    } else {
+        cn_unlink_one(k, d, CN_EVENT_DELETED, CN_BY_CLIENT);
+        k->count.deletions++;
+    }
+    s->op_done += took_effect;
+}
+
+static void do_nop(struct cn_session *s, const struct cn_record *r)
+{
+    uint64_t used = s->comp_tail - cn_load_acquire(&s->head->comp_head);
+    uint64_t value = s->op_done;
+    s->op_done = 0;
+    if (used >= CN_COMPLETIONS)
+        return; /* it does not drain: it gets nothing more, and nobody waits for it */
+    s->comp[s->comp_tail % CN_COMPLETIONS] =
+        (struct cn_completion){.cookie = r->cookie, .op = r->op, .value = value};
+    cn_store_release(&s->head->comp_tail, ++s->comp_tail);
+}
+
+static void do_report(struct cn_keeper *k, const struct cn_session *s, const struct cn_record *r)
+{
+    uint32_t d = cn_live_of(k, r->grant);
+    if (s->internal == 0 || d == CN_NONE)
+        return;
+    if (r->op == CN_OP_CRC) {
+        cn_set_crc(k, r->grant, r->crc32c);
+        return;
+    }
+    cn_unlink_one(k, d, CN_EVENT_DELETED, CN_BY_LOSS);
+    k->count.lost++;
+}
+
+static void do_record(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r)
+{
+    switch (r->op) {
+    case CN_OP_COMMIT:
+        cn_stock_used(k, s, r);
+        cn_link(k, s, r);
+        break;
+    case CN_OP_ABORT:
+        k->count.aborts += cn_grant_drop(k, s, r->grant);
+        break;
+    case CN_OP_WANT:
+        cn_stock_want(k, s, r);
+        break;
+    case CN_OP_PIN:
+    case CN_OP_UNPIN:
+    case CN_OP_DELETE:
+        do_keyed(k, s, r);
+        break;
+    case CN_OP_CRC:
+    case CN_OP_LOST:
+        do_report(k, s, r);
+        break;
+    case CN_OP_NOP:
+        do_nop(s, r);
+        break;
+    default:
+        k->count.bad_records++;
+    }
+}
+
+bool cn_session_has_work(const struct cn_session *s)
+{
+    return !s->broken && cn_load_acquire(&s->head->sub_tail) != s->sub_head;
+}
+
+void cn_session_publish(struct cn_keeper *k, struct cn_session *s, bool wake)
+{
+    cn_store_release(&s->head->sub_head, s->sub_head);
+    if (!wake)
+        return;
+    cn_fence(); /* pairs with the client's fence between waiters + 1 and its last look */
+    if (cn_load_relaxed(&s->head->waiters) == 0)
+        return;
+    cn_store32_release(&s->head->wake_seq, cn_load32_relaxed(&s->head->wake_seq) + 1);
+    k->ops.wake(&s->head->wake_seq);
+}
+
+uint32_t cn_session_drain(struct cn_keeper *k, struct cn_session *s, uint32_t records_max)
+{
+    if (s->broken)
+        return 0;
+    uint64_t pending = cn_load_acquire(&s->head->sub_tail) - s->sub_head;
+    if (pending == 0)
+        return 0;
+    if (pending > CN_RING_RECORDS) {
+        s->broken = true; /* a tail that cannot be: nothing of this ring is believed any more */
+        k->count.bad_records++;
+        return 0;
+    }
+    cn_session_read_access(k, s); /* a request's hits come before what it adds */
+    uint32_t n = pending < records_max ? (uint32_t)pending : records_max;
+    for (uint32_t i = 0; i < n; i++) {
+        struct cn_record record; /* copied once, then validated, then used (I4) */
+        memcpy(&record, &s->sub[s->sub_head % CN_RING_RECORDS], sizeof(record));
+        do_record(k, s, &record);
+        s->sub_head++;
+    }
+    cn_unlink_flush(k);
+    cn_stock_refill(k, s);
+    cn_session_publish(k, s, true);
+    return n;
+}
+
+/* ---- recency ---------------------------------------------------------------------------------------- */
+
+/* One chain, root first; entries of other domains break it. */
+static void touch_chain(struct cn_keeper *k, uint32_t count)
+{
+    uint32_t now_s = (uint32_t)(k->realtime_ns / 1000000000ull);
+    for (uint32_t from = 0; from < count;) {
+        uint16_t domain = k->nodes[k->chain[from]].reserved;
+        uint32_t to = from + 1;
+        while (to < count && k->nodes[k->chain[to]].reserved == domain)
+            to++;
+        struct cn_policy *p = k->domains[domain];
+        if (p != NULL)
+            p->ops->touch(p, k->chain + from, k->chain_hash + from, to - from, now_s);
+        from = to;
+    }
+}
+
+void cn_session_read_access(struct cn_keeper *k, struct cn_session *s)
+{
+    uint64_t tail = cn_load_acquire(&s->head->access_tail);
+    uint64_t pending = tail - s->access_head;
+    if (pending == 0)
+        return;
+    if (pending > CN_ACCESS_SLOTS) {
+        k->count.access_lost += pending - CN_ACCESS_SLOTS;
+        s->access_head = tail - CN_ACCESS_SLOTS;
+    }
+    uint32_t count = 0;
+    for (; s->access_head != tail; s->access_head++) {
+        uint64_t ref = cn_load_relaxed(&s->access_log[s->access_head % CN_ACCESS_SLOTS]);
+        uint32_t d = cn_live_of(k, ref);
+        if (ref == 0) {
+            touch_chain(k, count);
+            count = 0;
+        } else if (d != CN_NONE && k->nodes[d].queue != 0) {
+            k->count.hit_bytes += (uint32_t)k->catalog.chunks[d].size_crc;
+            k->chain[count] = d;
+            k->chain_hash[count++] = cn_chunk_hash(k, d).h1;
+        }
+    }
+    touch_chain(k, count);
+}
+
+/* Every hit is an entry of the access log, and so is the beginning of every batch. */
+static uint64_t hits_of(const struct cn_session *s)
+{
+    uint64_t entries = cn_load_relaxed(&s->head->access_tail);
+    uint64_t batches = cn_load_relaxed(&s->head->batches);
+    return entries > batches ? entries - batches : 0;
+}
+
+/* A client's own counters; numbers that shrink are not believed. */
+static uint64_t fold(uint64_t *folded, uint64_t seen)
+{
+    uint64_t more = seen > *folded ? seen - *folded : 0;
+    *folded = seen;
+    return more;
+}
+
+void cn_session_fold(struct cn_keeper *k, struct cn_session *s)
+{
+    k->count.hits += fold(&s->hits, hits_of(s));
+    k->count.misses += fold(&s->misses, cn_load_relaxed(&s->head->misses));
+}
+
+/* ---- open and end ------------------------------------------------------------------------------------- */
+
+static void write_head(const struct cn_session *s, uint32_t lease_slots, uint64_t lease_limit_bytes)
+{
+    struct cn_session_head *head = s->head;
+    head->layout_version = CN_LAYOUT_VERSION;
+    head->session_idx = s->idx;
+    head->nonce = s->nonce;
+    head->lease_slots = lease_slots;
+    head->role = s->role;
+    head->lease_limit_bytes = lease_limit_bytes;
+    head->magic = CN_SESSION_MAGIC;
+}
+
+static void write_entry(struct cn_keeper *k, const struct cn_session *s, const struct cn_session_open *o)
+{
+    struct cn_session_entry *entry = &k->catalog.registry[s->idx];
+    entry->nonce = s->nonce;
+    entry->attached_ns = k->realtime_ns;
+    entry->start_ns = o->start_ns;
+    entry->pid = o->pid;
+    entry->uid = o->uid;
+    entry->gid = o->gid;
+    entry->leases = entry->leased_bytes = entry->granted_bytes = 0;
+    entry->lease_limit_bytes = o->lease_limit_bytes;
+    memset(entry->label, 0, sizeof(entry->label));
+    if (o->label != NULL)
+        strncpy(entry->label, o->label, sizeof(entry->label) - 1);
+    cn_store_release(&entry->word, CN_SESSION_OPEN | (uint64_t)s->role << 8); /* fields first */
+}
+
+static int watch(struct cn_keeper *k, int fd, uint64_t tag, uint32_t events)
+{
+    struct epoll_event event = {.events = events, .data = {.u64 = tag}};
+    if (fd < 0 || k->epoll_fd < 0)
+        return CN_OK;
+    return epoll_ctl(k->epoll_fd, EPOLL_CTL_ADD, fd, &event) == 0 ? CN_OK : CN_ESYS;
+}
+
+static uint32_t free_session_idx(const struct cn_keeper *k)
+{
+    for (uint32_t i = 0; i < CN_SESSIONS_MAX; i++)
+        if (k->sessions[i] == NULL)
+            return i;
+    return CN_NONE;
+}
+
+static struct cn_session *session_new(struct cn_keeper *k, const struct cn_session_open *o, uint32_t idx)
+{
+    struct cn_session *s = calloc(1, sizeof(*s));
+    uint32_t slots = k->catalog.lease_slots;
+    uint8_t *base = o->segment;
+    if (s == NULL)
+        return NULL;
+    s->head = (void *)base;
+    s->stock = (void *)(base + cn_session_stock_off());
+    s->leases = (void *)(base + cn_session_leases_off());
+    s->sub = (void *)(base + cn_session_sub_off(slots));
+    s->comp = (void *)(base + cn_session_comp_off(slots));
+    s->access_log = (void *)(base + cn_session_access_off(slots));
+    s->segment_bytes = o->segment_bytes;
+    s->nonce = k->next_nonce++;
+    s->grant_head = CN_NONE;
+    s->idx = idx;
+    s->role = o->role;
+    s->internal = o->internal;
+    s->liveness_fd = o->liveness_fd;
+    s->doorbell_fd = o->doorbell_fd;
+    s->pidfd = o->pidfd;
+    return s;
+}
+
+int cn_do_session_open(struct cn_keeper *k, void *args)
+{
+    struct cn_session_open *o = args;
+    if (o->segment == NULL || o->segment_bytes < cn_session_bytes(k->catalog.lease_slots) ||
+        o->role < CN_ROLE_READER || o->role > CN_ROLE_ADMIN)
+        return CN_EINVAL;
+    uint32_t idx = free_session_idx(k);
+    if (idx == CN_NONE)
+        return CN_ELIMIT;
+    struct cn_session *s = session_new(k, o, idx);
+    if (s == NULL)
+        return CN_ENOMEM;
+    /* Edge-triggered and never read: a client cannot make us block, nor steal a wake-up. */
+    if (watch(k, s->doorbell_fd, (uint64_t)idx << 1, EPOLLIN | EPOLLET) != CN_OK ||
+        watch(k, s->pidfd, (uint64_t)idx << 1 | 1, EPOLLIN | EPOLLONESHOT) != CN_OK) {
+        free(s);
+        return CN_ESYS;
+    }
+    write_head(s, k->catalog.lease_slots, o->lease_limit_bytes);
+    /* In the scan set before its descriptor is sent (I3). */
+    k->sessions[idx] = s;
+    k->session_list[k->session_count++] = idx;
+    write_entry(k, s, o);
+    k->count.sessions++;
+    k->count.sessions_opened++;
+    o->ret_session = idx;
+    o->ret_nonce = s->nonce;
+    return CN_OK;
+}
+
+int cn_do_session_hint(struct cn_keeper *k, void *args)
+{
+    const struct cn_hint_args *hint = args;
+    if (hint->session >= CN_SESSIONS_MAX || k->sessions[hint->session] == NULL ||
+        k->sessions[hint->session]->nonce != hint->nonce)
+        return CN_EMISS;
+    struct cn_session *s = k->sessions[hint->session];
+    s->death_check_ns = k->monotonic_ns;
+    s->death_period_ns = DEATH_LOOK_NS;
+    return CN_OK;
+}
+
+/* Did the process exit, or did it only close its pool? */
+static bool process_gone(const struct cn_session *s)
+{
+    struct pollfd poll_fd = {.fd = s->pidfd, .events = POLLIN};
+    return s->pidfd >= 0 && poll(&poll_fd, 1, 0) == 1;
+}
+
+static void close_fd(int fd)
+{
+    if (fd >= 0)
+        close(fd);
+}
+
+void cn_session_end(struct cn_keeper *k, struct cn_session *s)
+{
+    /* Whole records it left behind count; half a record is not in the ring yet. */
+    for (uint32_t i = 0; i < CN_RING_RECORDS / CN_ROUND_RECORDS && cn_session_has_work(s); i++)
+        cn_session_drain(k, s, CN_ROUND_RECORDS);
+    while (s->grant_head != CN_NONE) {
+        uint32_t d = s->grant_head;
+        cn_grant_drop(k, s, cn_ref(d, cn_word_gen(cn_chunk_word(k, d))));
+    }
+    cn_session_fold(k, s);
+    k->count.sessions_died += process_gone(s);
+    cn_store_release(&k->catalog.registry[s->idx].word, CN_SESSION_FREE);
+    for (uint32_t i = 0; i < k->session_count; i++)
+        if (k->session_list[i] == s->idx)
+            k->session_list[i] = k->session_list[--k->session_count];
+    k->sessions[s->idx] = NULL;
+    k->count.sessions--;
+    if (s->liveness_fd >= 0)
+        munmap(s->head, s->segment_bytes);
+    close_fd(s->liveness_fd);
+    close_fd(s->doorbell_fd);
+    close_fd(s->pidfd);
+    free(s);
+    cn_limbo_look(k); /* its leases are gone */
+}
+
+static void fill_info(struct cn_keeper *k, struct cn_session *s, struct cn_session_info *ret)
+{
+    *ret = (struct cn_session_info){
+        .nonce = s->nonce,
+        .granted_bytes = s->granted_bytes,
+        .hits = hits_of(s),
+        .misses = cn_load_relaxed(&s->head->misses),
+        .lease_refused = cn_load_relaxed(&s->head->lease_refused),
+        .state = s->broken ? CN_SESSION_DYING : CN_SESSION_OPEN,
+        .role = s->role,
+        .pid = k->catalog.registry[s->idx].pid,
+        .uid = k->catalog.registry[s->idx].uid,
+        .gid = k->catalog.registry[s->idx].gid,
+        .session = s->idx,
+    };
+    for (uint32_t slot = 0; slot < k->catalog.lease_slots; slot++) {
+        uint64_t ref = cn_load_acquire(&s->leases[slot]);
+        uint32_t d = cn_ref_d(ref);
+        if (ref == 0 || d >= k->catalog.chunk_count ||
+            cn_word_gen(cn_chunk_word(k, d)) != cn_ref_gen(ref))
+            continue;
+        ret->leases++;
+        ret->leased_bytes += (uint32_t)k->catalog.chunks[d].size_crc;
+        ret->limbo_chunks += cn_word_state(cn_chunk_word(k, d)) == CN_DYING;
+    }
+    k->catalog.registry[s->idx].leases = ret->leases;
+    k->catalog.registry[s->idx].leased_bytes = ret->leased_bytes;
+    k->catalog.registry[s->idx].granted_bytes = ret->granted_bytes;
+}
+
+int cn_do_session_info(struct cn_keeper *k, void *args)
+{
+    const struct cn_info_args *info = args;
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < k->session_count && n < info->max; i++)
+        fill_info(k, k->sessions[k->session_list[i]], &info->infos[n++]);
+    *info->count = n;
+    return CN_OK;
+}
