@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Which process is this? What the kernel says about the other end of a socket and about a pidfd.
+
+Nothing here is a proof of death: that is the liveness lock (I6).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+PROC: Final = Path("/proc")
+SO_PEERGROUPS: Final = 59  # Linux 4.13; the socket module has no name for it
+GROUPS_MAX: Final = 65_536  # NGROUPS_MAX of the kernel
+_UCRED: Final = struct.Struct("iII")
+_GID_BYTES: Final = 4
+_STAT_START_TICKS: Final = 22 - 3  # field 22 of proc(5) stat, counted behind the command's name
+
+
+@dataclass(frozen=True)
+class Peer:
+    """
+    Who connected, as the kernel noted it then.
+
+    pid is 0 when that process is in a pid namespace that we do not see. gids holds its group and
+    its supplementary groups.
+    """
+
+    pid: int
+    uid: int
+    gid: int
+    gids: frozenset[int]
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """Return who is at the other end of the connected Unix socket *sock*."""
+    packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, gid = _UCRED.unpack(packed)
+    return Peer(pid, uid, gid, frozenset({gid, *_peer_groups(sock)}))
+
+
+def _peer_groups(sock: socket.socket) -> Iterator[int]:
+    """Not those of the user data base: asking it may block, and a process can have fewer."""
+    size = 64 * _GID_BYTES
+    try:
+        packed = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, size)
+    except OSError:  # more than 64: ERANGE
+        packed = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GROUPS_MAX * _GID_BYTES)
+    for (gid,) in struct.iter_unpack("I", packed):
+        yield gid
+
+
+def start_ns(pid: int, proc: Path = PROC) -> int:
+    """
+    Return when process *pid* started, in ns since boot; 0 when that cannot be known.
+
+    Since boot and not since 1970: setting the clock must not make another process of it.
+    """
+    try:
+        stat = (proc / str(pid) / "stat").read_bytes()
+        ticks = int(stat[stat.rindex(b")") + 2 :].split()[_STAT_START_TICKS])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return ticks * (1_000_000_000 // os.sysconf("SC_CLK_TCK"))
+
+
+def pid_of_pidfd(fd: int, proc: Path = PROC) -> int | None:
+    """
+    Return the pid that the pidfd *fd* stands for, or None when it is no pidfd.
+
+    0: a process that our pid namespace does not show. -1: it is dead.
+    """
+    try:
+        info = (proc / "self" / "fdinfo" / str(fd)).read_text()
+    except OSError:
+        return None
+    for line in info.splitlines():
+        name, _, value = line.partition(":")
+        if name == "Pid":
+            return int(value)
+    return None
+
+
+def own_pidfd() -> int:
+    """Return a pidfd of this process for its hello, or -1 where the kernel or a filter has none."""
+    try:
+        return os.pidfd_open(os.getpid())
+    except OSError:
+        return -1

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The media that a pool can lie on, behind one interface.
+
+    spec = parse_medium("memfd", "2MiB")
+    check_room(spec, bytes_)                    # before anything is created
+    made = create(spec, ObjectName(pool, pool_id, "r0", uid), bytes_)
+    address = made.map(writable=True)
+    pretouch(address, made.bytes)
+    fd = made.reopen(writable=False)            # for a reader: send it, then close it here
+"""
+
+from __future__ import annotations
+
+from .base import (
+    Kind,
+    MediumError,
+    MediumObject,
+    MediumRefused,
+    MediumSpec,
+    NoRoom,
+    ObjectName,
+    map_fd,
+    parse_medium,
+    reopen_fd,
+    unmap,
+)
+from .file import create_file, unlink_stale_file
+from .limits import Host, check_room, check_rooms, notes, shortages
+from .memfd import create_memfd, create_session_memfd, is_dead, liveness_fd
+from .posix_shm import StaleObject, create_shm, list_stale, unlink_stale
+from .pretouch import PretouchStopped, pretouch, terminal_progress
+
+__all__ = [
+    "Host",
+    "Kind",
+    "MediumError",
+    "MediumObject",
+    "MediumRefused",
+    "MediumSpec",
+    "NoRoom",
+    "ObjectName",
+    "PretouchStopped",
+    "StaleObject",
+    "check_room",
+    "check_rooms",
+    "create",
+    "create_session_memfd",
+    "is_dead",
+    "list_stale",
+    "liveness_fd",
+    "map_fd",
+    "notes",
+    "parse_medium",
+    "pretouch",
+    "reopen_fd",
+    "shortages",
+    "terminal_progress",
+    "unlink_stale",
+    "unlink_stale_file",
+    "unmap",
+]
+
+
+def create(spec: MediumSpec, name: ObjectName, bytes_: int) -> MediumObject:
+    """
+    Create a new, zeroed object of *bytes_*, in whole pages, on the medium *spec*.
+
+    Never opens, truncates or reuses what exists already.
+
+    Raises:
+        NoRoom: There is not enough of what the medium consists of.
+        MediumError: It exists, or the medium cannot be used here.
+    """
+    makers = {
+        "shm": create_shm,
+        "memfd": create_memfd,
+        "hugepages": create_memfd,
+        "file": create_file,
+    }
+    return makers[spec.kind](spec, name, bytes_)
