@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The control connection: how it is made, how it is used by several threads, how it comes back.
+
+Nothing on the hit path passes here. A thread sleeps in poll(2) on the socket; when the daemon goes
+it says so to the pool, and then tries to reach the next daemon at ever longer, random intervals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import select
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from cenote.shm import identity, paths, session, wire
+
+from . import errors
+
+log = logging.getLogger("cenote.client")
+
+RECONNECT_FIRST_S: Final = 0.05
+RECONNECT_LAST_S: Final = 5.0
+_NOBODY: Final = (FileNotFoundError, ConnectionError, BlockingIOError)
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """
+    How long to wait before each attempt to reconnect: doubling, with jitter, at most last_s.
+
+    Attributes:
+        first_s: Upper bound of the first wait.
+        last_s: Upper bound of all later ones.
+        draw: Source of uniform numbers in [0, 1); spreads the clients of a restarted daemon.
+    """
+
+    first_s: float = RECONNECT_FIRST_S
+    last_s: float = RECONNECT_LAST_S
+    draw: Callable[[], float] = random.random
+
+    def delay_s(self, attempt: int) -> float:
+        """Return the wait before *attempt* (0, 1, 2 …): half to all of its upper bound."""
+        bound_s = min(self.last_s, self.first_s * 2.0 ** min(attempt, 32))
+        return bound_s * (0.5 + 0.5 * self.draw())
+
+
+@dataclass(frozen=True)
+class Target:
+    """Whom to reach, as whom, and how long to try."""
+
+    path: Path
+    role: str | None
+    label: str
+    timeout_s: float
+
+
+class Attached(Protocol):
+    """The pool, as its link sees it."""
+
+    def _lost(self) -> None:
+        """The daemon is gone."""
+
+    def _adopt(self, welcome: session.Welcome, mapping: session.Mapping, channel: Any) -> None:
+        """A daemon is there again; use what it gave. May raise: then it is tried again."""
+
+
+def candidate_or_raise(argument: str | os.PathLike[str] | None) -> Path:
+    """Return the first socket that exists, or raise PoolGone naming all four places."""
+    path, candidates = paths.find_socket(argument)
+    if path is None:
+        raise errors.PoolGone(_nobody("no cenote daemon was found", candidates))
+    return path
+
+
+def _nobody(what: str, candidates: tuple[paths.Candidate, ...]) -> str:
+    places = "; ".join(str(candidate) for candidate in candidates)
+    return f"{what}. Looked at {places}. Start one with `cenoted`, or set ${paths.SOCKET_ENV}"
+
+
+def dial(target: Target) -> tuple[wire.Channel, session.Welcome, session.Mapping]:
+    """
+    Connect, say hello, map the pool; in *timeout_s* altogether.
+
+    Raises:
+        PoolGone: Nobody listens.
+        Timeout: Somebody listens and does not answer.
+        AccessDenied, VersionMismatch, LimitReached, ProtocolError, Corrupt, OSError.
+    """
+    deadline_s = time.monotonic() + target.timeout_s
+    channel = wire.Channel(_connected_socket(target))
+    try:
+        welcome, descriptors = _hello(channel, target, deadline_s)
+        return channel, welcome, session.attach(welcome, descriptors)
+    except BaseException:
+        channel.close()
+        raise
+
+
+def _connected_socket(target: Target) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.settimeout(max(target.timeout_s, 1e-3))
+        sock.connect(str(target.path))
+    except _NOBODY as error:
+        sock.close()
+        what = f"nobody listens on {target.path} ({error.strerror})"
+        raise errors.PoolGone(_nobody(what, paths.find_socket(target.path)[1])) from error
+    except PermissionError as error:
+        sock.close()
+        raise errors.AccessDenied(
+            f"{target.path}: {error.strerror}: ask for readers or writers in [pool.access] and for "
+            "access to the run directory"
+        ) from error
+    except TimeoutError as error:
+        sock.close()
+        raise errors.Timeout(_no_answer(target)) from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _hello(
+    channel: wire.Channel, target: Target, deadline_s: float
+) -> tuple[session.Welcome, dict[str, int]]:
+    hello = session.new_hello(_client_name(), target.role, target.label)
+    pidfd = identity.own_pidfd()
+    try:
+        reply = channel.request(
+            "hello",
+            hello.fields(),
+            descriptors=[pidfd] if pidfd >= 0 else [],
+            timeout_s=max(deadline_s - time.monotonic(), 1e-3),
+        )
+    except TimeoutError as error:
+        raise errors.Timeout(_no_answer(target)) from error
+    except wire.Refusal as refusal:
+        raise error_of(refusal) from refusal
+    except OSError as error:
+        raise errors.PoolGone(f"the daemon on {target.path} hung up ({error})") from error
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)
+    return session.parse_welcome(reply)
+
+
+def _no_answer(target: Target) -> str:
+    return (
+        f"the daemon on {target.path} did not answer within {target.timeout_s:g} s: is it stopped, "
+        "or starting up? Wait longer with timeout_s"
+    )
+
+
+def _client_name() -> str:
+    import importlib.metadata  # as long to import as all the rest of the client
+
+    try:
+        return f"cenote/{importlib.metadata.version('cenote')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "cenote/unknown"
+
+
+def error_of(refusal: wire.Refusal) -> errors.CenoteError:
+    """Return the exception for a daemon's no."""
+    if refusal.code == "manifest_mismatch":
+        fields = {name: (pair[0], pair[1]) for name, pair in refusal.fields.items()}
+        return errors.ManifestMismatch(refusal.message, fields)
+    if isinstance(refusal, wire.WireError):
+        return errors.ProtocolError(refusal.message)
+    kinds: dict[str, type[errors.CenoteError]] = {
+        "access": errors.AccessDenied,
+        "bad_request": errors.InvalidArgument,
+        "limit": errors.LimitReached,
+        "not_found": errors.ChunkMissing,
+        "retired": errors.PoolGone,
+        "version": errors.VersionMismatch,
+    }
+    return kinds.get(refusal.code, errors.CenoteError)(refusal.message)
+
+
+class Link:
+    """
+    The connection of one pool, through all its daemons.
+
+    Args:
+        target: Whom to reach.
+        channel: The connection that is there.
+        pool: Told when the daemon goes and when one comes; held weakly.
+        backoff: When to try again; None for never.
+    """
+
+    def __init__(
+        self, target: Target, channel: wire.Channel, pool: Attached, backoff: Backoff | None
+    ) -> None:
+        self._target = target
+        self._channel: wire.Channel | None = channel
+        self._pool = weakref.ref(pool)
+        self._backoff = backoff
+        self._lock = threading.Lock()  # one request at a time
+        self._stop = threading.Event()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._watch, name="cenote-link", daemon=True)
+        _links.add(self)
+        self._thread.start()
+
+    def request(
+        self, op: str, fields: Mapping[str, Any] | None = None, timeout_s: float = 2.0
+    ) -> dict[str, Any]:
+        """
+        Ask the daemon for something and return its answer.
+
+        Raises:
+            PoolGone: No daemon is connected, or it hung up.
+            Timeout: No answer in time. The connection is given up: the answer may still come.
+            CenoteError: The daemon's no.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        if not self._lock.acquire(timeout=timeout_s):
+            raise errors.Timeout(f"{op}: other calls kept the connection for {timeout_s:g} s")
+        try:
+            left_s = max(deadline_s - time.monotonic(), 1e-3)
+            return self._ask(self._channel, op, fields, left_s)
+        finally:
+            self._lock.release()
+
+    def ask_on(
+        self, channel: wire.Channel, op: str, fields: Mapping[str, Any], timeout_s: float
+    ) -> dict[str, Any]:
+        """Ask over a connection that is not the pool's yet."""
+        return self._ask(channel, op, fields, timeout_s)
+
+    def _ask(
+        self,
+        channel: wire.Channel | None,
+        op: str,
+        fields: Mapping[str, Any] | None,
+        timeout_s: float,
+    ) -> dict[str, Any]:
+        if channel is None:
+            raise errors.PoolGone(self._gone())
+        try:
+            return channel.request(op, fields, timeout_s=timeout_s).body
+        except wire.WireError as error:
+            self._give_up(channel)
+            raise error_of(error) from error
+        except wire.Refusal as refusal:
+            raise error_of(refusal) from refusal
+        except TimeoutError as error:
+            self._give_up(channel)
+            raise errors.Timeout(
+                f"{op}: the daemon on {self._target.path} did not answer within {timeout_s:.3g} s"
+            ) from error
+        except OSError as error:
+            self._give_up(channel)
+            raise errors.PoolGone(self._gone()) from error
+
+    def _gone(self) -> str:
+        then = "trying to reconnect" if self._backoff else "connect() again"
+        return f"the daemon on {self._target.path} is gone: what is mapped stays readable; {then}"
+
+    def _give_up(self, channel: wire.Channel) -> None:
+        """The connection is of no more use: forget it, tell the pool, wake the thread."""
+        channel.close()
+        if self._channel is channel:
+            self._channel = None
+            self._tell_lost()
+            os.eventfd_write(self._wake, 1)
+
+    def _tell_lost(self) -> None:
+        pool = self._pool()
+        if pool is not None:
+            pool._lost()
+
+    def close(self) -> None:
+        """Say goodbye and close the socket. Idempotent; from any thread."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+        os.eventfd_write(self._wake, 1)
+
+    # ---- the thread ------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        try:
+            while True:
+                self._sleep_until_lost()
+                if self._stop.is_set():
+                    return
+                self._channel = None
+                self._tell_lost()
+                log.warning("%s", self._gone())
+                if self._backoff is None or not self._redial(self._backoff):
+                    return
+        finally:
+            _links.discard(self)
+
+    def _sleep_until_lost(self) -> None:
+        channel = self._channel
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        # A descriptor that another thread closed and the kernel gave out again is woken by _wake.
+        descriptor = -1 if channel is None else channel.fileno()
+        if descriptor < 0 and not self._stop.is_set():
+            return
+        if descriptor >= 0:
+            poll.register(descriptor, select.POLLRDHUP)
+        poll.poll()
+        if self._channel is not None and not self._stop.is_set():
+            self._channel.close()
+
+    def _redial(self, backoff: Backoff) -> bool:
+        """Try until a daemon is there (True) or the pool is closed or forgotten (False)."""
+        attempt, said = 0, ""
+        while not self._stop.wait(backoff.delay_s(attempt)):
+            attempt += 1
+            if self._pool() is None:
+                return False
+            try:
+                return self._reattach()
+            except (errors.CenoteError, OSError, MemoryError) as error:
+                text = f"{type(error).__name__}: {error}"
+                if text != said and not isinstance(error, errors.PoolGone):
+                    log.warning("cannot reconnect to %s: %s", self._target.path, text)
+                    said = text
+        return False
+
+    def _reattach(self) -> bool:
+        channel, welcome, mapping = dial(self._target)
+        pool = self._pool()
+        if pool is None or self._stop.is_set():
+            channel.close()
+            return False
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        try:
+            pool._adopt(welcome, mapping, channel)
+        except BaseException:
+            channel.close()
+            raise
+        log.info("reconnected to pool %r on %s", welcome.pool, self._target.path)
+        return True
+
+    def install(self, channel: wire.Channel) -> None:
+        """Make *channel* the pool's connection; called while the pool changes over."""
+        self._channel = channel
+        if self._stop.is_set():
+            channel.close()
+
+    def after_fork_in_child(self) -> None:
+        """Close the parent's descriptors: the daemon must see the parent's end, not the child's."""
+        self._stop.set()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+
+    def __del__(self) -> None:
+        os.close(self._wake)  # not before: close() may come at any time, and write to it
+
+
+_links: Final[weakref.WeakSet[Link]] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for link in list(_links):
+        link.after_fork_in_child()
+    _links.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
