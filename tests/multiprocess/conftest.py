@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Real daemons for tests: the fixture `cenoted` is a factory.
+
+    daemon = cenoted(size="64MiB", medium="memfd")
+    daemon.socket, daemon.pid, daemon.pool, daemon.log()
+    channel, welcome, fds = daemon.hello("writer")
+    daemon.stop(); daemon.kill()
+
+What a test starts is stopped at its end, and must have left no name behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from cenote.shm.identity import own_pidfd
+from cenote.shm.session import Welcome, new_hello, parse_welcome
+from cenote.shm.wire import Channel, close_all
+
+STOP_S: Final = 30  # a limit for a hang, not a claim about speed
+_numbers = itertools.count()
+
+
+class Cenoted:
+    """One running daemon with one pool (or those of `config`)."""
+
+    def __init__(self, folder: Path, argv: list[str], pool: str, path: Path) -> None:
+        self.pool = pool
+        self.socket = path
+        self.argv = argv
+        self._log = folder / "daemon.log"
+        self._resources = contextlib.ExitStack()
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cenote.daemon.main", *argv],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                text=True,
+            )
+        self.ready = self._ready_line()
+
+    def _ready_line(self) -> str:
+        """Wait for the line, or for the end of a daemon that will not come up; then it is ""."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    @property
+    def pid(self) -> int:
+        """The daemon's process."""
+        return self.process.pid
+
+    def log(self) -> str:
+        """Everything that it logged so far."""
+        return self._log.read_text()
+
+    def connect(self) -> socket.socket:
+        """Return a connected socket; it is closed at the end of the test."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._resources.callback(sock.close)
+        sock.settimeout(STOP_S)
+        sock.connect(str(self.socket))
+        return sock
+
+    def channel(self) -> Channel:
+        """Return a connection without a hello."""
+        return Channel(self.connect())
+
+    def hello(
+        self, role: str | None = None, label: str = "test", **changes: Any
+    ) -> tuple[Channel, Welcome, dict[str, int]]:
+        """Connect and say hello, with some of its fields changed; return what came back."""
+        channel = self.channel()
+        fields = {**new_hello("test", role, label).fields(), **changes}
+        pidfd = own_pidfd()
+        sent = [pidfd] if pidfd >= 0 else []
+        try:
+            reply = channel.request("hello", fields, descriptors=sent, timeout_s=STOP_S)
+        finally:
+            close_all(sent)
+        welcome, fds = parse_welcome(reply)
+        self._resources.callback(lambda: close_all(fds.values()))
+        return channel, welcome, fds
+
+    def hang_up(self) -> None:
+        """Send SIGHUP: read the configuration again."""
+        self.process.send_signal(signal.SIGHUP)
+
+    def wait(self) -> int:
+        """Return its exit status once it has ended."""
+        return self.process.wait(STOP_S)
+
+    def stop(self) -> int:
+        """Stop it as an administrator does; return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """Kill it in mid-air."""
+        self.process.kill()
+        self.wait()
+
+    def names(self) -> list[str]:
+        """What is in /dev/shm under the pool's name."""
+        prefix = f"cenote.{os.geteuid()}.{self.pool}."
+        folder = Path("/dev/shm")  # where named shared memory is
+        return sorted(p.name for p in folder.iterdir() if p.name.startswith(prefix))
+
+    def close(self) -> None:
+        """Stop it and give everything back; used by the fixture."""
+        self._resources.close()
+        try:
+            self.stop()
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        finally:
+            if self.process.stdout is not None:
+                self.process.stdout.close()
+            if self.process.returncode == -signal.SIGKILL:
+                for name in self.names():  # nobody could clear these away
+                    Path("/dev/shm", name).unlink(missing_ok=True)
+
+
+@pytest.fixture
+def cenoted(tmp_path: Path) -> Iterator[Callable[..., Cenoted]]:
+    """Return a function that starts a daemon and waits until it is ready (or has ended)."""
+    started: list[Cenoted] = []
+
+    def start(
+        *extra: str,
+        size: str = "64MiB",
+        medium: str = "memfd",
+        pool: str = "",
+        path: Path | None = None,
+        config: str = "",
+    ) -> Cenoted:
+        """
+        Start a daemon; *extra* are more arguments.
+
+        config: the text of a TOML file that is used instead of size and medium. {socket} and
+        {pool} in it are filled in; it is written to tmp_path/cenoted.toml.
+        """
+        number = next(_numbers)
+        pool = pool or f"t{os.getpid()}-{number}"
+        path = path or tmp_path / f"{number}.sock"
+        if config:
+            file = tmp_path / "cenoted.toml"
+            file.write_text(config.replace("{socket}", str(path)).replace("{pool}", pool))
+            argv = ["--config", str(file)]
+        else:
+            argv = ["--socket", str(path), "--name", pool, "--size", size, "--medium", medium]
+        daemon = Cenoted(tmp_path, [*argv, "--log-format", "json", *extra], pool, path)
+        started.append(daemon)
+        return daemon
+
+    yield start
+    for daemon in reversed(started):
+        daemon.close()
+    assert [name for daemon in started for name in daemon.names()] == []

@@ -1,0 +1,650 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tool `cenote`, against real daemons: what it says, and how it ends."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cenote.client import Cache, Manifest, Pool, connect
+from cenote.client.cli import bench, status
+from cenote.client.cli.main import COMMANDS, main, new_parser
+from cenote.client.testing import MemoryHost, memory_pool
+
+PROD = Manifest("llama", "kv", "bfloat16", 256)
+OTHER = Manifest("llama", "kv", "float16", 256)
+LATER = {"verify", "doctor", "qualify"}
+
+HOLDER = """
+import sys
+from cenote.client import Manifest, connect
+pool = connect(sys.argv[1], label="engine-7")
+cache = pool.namespace(Manifest("llama", "kv", "bfloat16", 256), name="prod")
+held = cache.get_many((1).to_bytes(32, "big") + (2).to_bytes(32, "big"))
+cache.get(bytes(32))
+print(len(held), flush=True)
+sys.stdin.read()
+"""
+
+
+def key_of(i: int) -> bytes:
+    return i.to_bytes(32, "big")
+
+
+def store(cache: Cache, *numbers: int, nbytes: int = 1000, **options: Any) -> None:
+    for i in numbers:
+        with cache.put(key_of(i), nbytes, **options) as w:
+            w.copy_from(bytes(nbytes))
+    cache.flush()
+
+
+@pytest.fixture(autouse=True)
+def nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No daemon of this host is looked at."""
+    monkeypatch.delenv("CENOTE_SOCKET", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def daemon(cenoted: Callable[..., Any]) -> Any:
+    return cenoted()
+
+
+@pytest.fixture
+def pool(daemon: Any) -> Iterator[Pool]:
+    with connect(daemon.socket, label="engine", reconnect=False) as made:
+        yield made
+
+
+@pytest.fixture
+def prod(pool: Pool) -> Cache:
+    made = pool.namespace(PROD, name="prod")
+    store(made, 1, 2, 3, nbytes=5000)
+    return made
+
+
+@pytest.fixture
+def tool(daemon: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that runs a command on the daemon's pool and returns what it printed."""
+
+    def run(command: str, *argv: str, status: int = 0) -> str:
+        assert main([command, "--socket", str(daemon.socket), *argv]) == status
+        printed = capsys.readouterr()
+        assert status == 0 or printed.err.startswith("cenote: ")
+        return printed.out or printed.err
+
+    return run
+
+
+@pytest.fixture
+def holder(daemon: Any, prod: Cache) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds two chunks, and missed once."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    argv = [sys.executable, "-P", "-c", HOLDER, str(daemon.socket)]
+    with subprocess.Popen(argv, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "2"
+        yield process
+        process.kill()
+
+
+def tool_process(*argv: str, **options: Any) -> subprocess.Popen[str]:
+    """Start the tool as a user does."""
+    command = [sys.executable, "-P", "-m", "cenote.client.cli.main", *argv]
+    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, **options)
+
+
+# ---- status -------------------------------------------------------------------------------------
+
+
+def test_status_tells_pool_namespaces_and_sessions(
+    daemon: Any, prod: Cache, holder: subprocess.Popen[str], tool: Callable[..., str]
+) -> None:
+    """
+    The JSON has the daemon, the memory, each namespace's share, each session; not the tool's own.
+    """
+    store(prod.pool.namespace(OTHER), 9, nbytes=8192)
+
+    facts = json.loads(tool("status", "--json"))
+
+    assert facts["pool"] == daemon.pool
+    assert facts["state"] == "serving"
+    assert facts["daemon"]["pid"] == daemon.pid
+    assert facts["memory"]["capacity_bytes"] == 64 * 2**20
+    assert facts["memory"]["used_bytes"] == 4 * 8192
+    assert facts["checksum"]["chunks"] == 4
+    assert [(n["name"], n["live_chunks"], n["share"]) for n in facts["namespaces"]] == [
+        ("prod", 3, 0.75),
+        (None, 1, 0.25),
+    ]
+    assert facts["namespaces"][0]["manifest"] == dict(PROD)
+    sessions = {s["label"]: s for s in facts["sessions"] if not s["of_daemon"]}
+    assert set(sessions) == {"engine", "engine-7"}
+    seven = sessions["engine-7"]
+    assert (seven["pid"], seven["uid"], seven["role"]) == (holder.pid, os.geteuid(), "writer")
+    assert (seven["leases"], seven["leased_bytes"]) == (2, 10_000)
+    assert seven["hit_rate"] == pytest.approx(2 / 3, abs=1e-6)
+    assert facts["hit_rate"] == pytest.approx(2 / 3, abs=1e-6)
+
+
+def test_status_for_people_has_units_and_names(
+    daemon: Any, holder: subprocess.Popen[str], tool: Callable[..., str]
+) -> None:
+    """
+    The table names pool, medium, namespaces and processes, with readable units.
+    """
+    text = tool("status")
+
+    for part in (daemon.pool, "memfd 64MiB", "prod", "engine-7", str(holder.pid), "24KiB", "66.7%"):
+        assert part in text
+
+
+def test_a_stopped_process_is_named_with_what_it_holds(
+    holder: subprocess.Popen[str], tool: Callable[..., str]
+) -> None:
+    """
+    After SIGSTOP status says which process is stopped, what it keeps, and how to continue it.
+    """
+    holder.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, holder.pid, os.WSTOPPED | os.WNOWAIT)
+
+    facts, text = json.loads(tool("status", "--json")), tool("status")
+
+    states = {s["label"]: s["process_state"] for s in facts["sessions"]}
+    assert states["engine-7"] == "stopped"
+    assert f"process {holder.pid} (engine-7) is stopped and keeps 2 leases" in text
+    assert f"kill -CONT {holder.pid}" in text
+
+
+def test_limbo_is_charged_to_who_holds_it(
+    prod: Cache, holder: subprocess.Popen[str], tool: Callable[..., str]
+) -> None:
+    """
+    A chunk that was deleted under a reader is that reader's limbo.
+    """
+    prod.delete(key_of(1))
+
+    facts = json.loads(tool("status", "--json"))
+
+    assert facts["counters"]["limbo_chunks"] == 1
+    assert {s["label"]: s["limbo_chunks"] for s in facts["sessions"]}["engine-7"] == 1
+    assert f"process {holder.pid} (engine-7) keeps 1 chunk from" in tool("status")
+
+
+def test_a_reused_pid_is_not_taken_for_the_client() -> None:
+    """
+    The state of a process that began after the session did is not the client's.
+    """
+    assert status.process_state(os.getpid(), 1) == "unknown"
+    assert status.process_state(os.getpid(), 0) == "running"
+    assert status.process_state(0, 0) == "unknown"
+
+
+def test_top_writes_rates_between_two_looks(prod: Cache, tool: Callable[..., str]) -> None:
+    """
+    With --json a line a look; the second has what happened a second.
+    """
+    first, second = tool("top", "--json", "--count", "2", "--interval", "1ms").splitlines()
+
+    assert json.loads(first)["rates"] == {}
+    assert json.loads(second)["rates"]["commits"] == 0
+    assert "a second" in tool("top", "--count", "1")
+
+
+# ---- ls -----------------------------------------------------------------------------------------
+
+
+def test_ls_filters_sorts_and_limits(prod: Cache, tool: Callable[..., str]) -> None:
+    """
+    Pinned ones, those of a namespace by name or slot, the largest, the first few.
+    """
+    other = prod.pool.namespace(OTHER)
+    store(other, 9, nbytes=20_000, ttl_s=100)
+    prod.pin(key_of(2))
+
+    def keys(*argv: str) -> list[int]:
+        return [int(row["key"], 16) for row in json.loads(tool("ls", "--json", *argv))["shown"]]
+
+    assert keys() == [9, 3, 2, 1]
+    assert keys("--reverse") == [1, 2, 3, 9]
+    assert keys("--sort", "key", "--limit", "2") == [1, 2]
+    assert keys("--sort", "size", "--limit", "1") == [9]
+    assert keys("--sort", "expires", "--limit", "1") == [9]
+    assert keys("--pinned") == [2]
+    assert keys("--namespace", "prod", "--sort", "key") == [1, 2, 3]
+    assert keys("--namespace", "2") == [9]
+    assert keys("--namespace", "2", "--pinned") == []
+    assert json.loads(tool("ls", "--json", "--limit", "1"))["chunks"] == 4
+
+
+def test_ls_for_people_shows_keys_and_totals(prod: Cache, tool: Callable[..., str]) -> None:
+    """
+    Whole keys where there is room, what is special, and how much was left out.
+    """
+    prod.pin(key_of(2))
+
+    text = tool("ls", "--limit", "2")
+
+    assert key_of(3).hex() in text
+    assert "pinned for ever" in text
+    assert "3 chunks, 14.6KiB; 2 shown" in text
+
+
+def test_ls_of_an_unknown_namespace_names_the_known(prod: Cache, tool: Callable[..., str]) -> None:
+    """
+    A namespace that is not there is wrong usage; the message lists those that are.
+    """
+    text = tool("ls", "--namespace", "nope", status=2)
+
+    assert "'nope'" in text
+    assert "prod (slot 1)" in text
+
+
+# ---- explain ------------------------------------------------------------------------------------
+
+
+def test_explain_takes_a_key_in_every_form(prod: Cache, tool: Callable[..., str]) -> None:
+    """
+    Hexadecimal, 0x, base64, URL-safe base64 and the first digits name the same key.
+    """
+    key = bytes.fromhex("fbf0") + b"\xff" * 30
+    with prod.put(key, 100) as w:
+        w.copy_from(bytes(100))
+    prod.flush()
+    texts = [
+        key.hex(),
+        "0x" + key.hex().upper(),
+        base64.b64encode(key).decode(),
+        base64.urlsafe_b64encode(key).decode().rstrip("="),
+        key.hex()[:16],
+        key.hex()[:16] + "…",
+    ]
+
+    for text in texts:
+        assert json.loads(tool("explain", "--json", "--", text))["key"] == key.hex()
+
+
+@pytest.mark.parametrize("text", ["", "abc", "zz" * 32, "ab" * 33, "a" * 44, "abcdefg=", "ab" * 20])
+def test_explain_refuses_what_is_no_key(text: str, tool: Callable[..., str]) -> None:
+    """
+    Wrong lengths and alphabets, and first digits that nothing begins with, are wrong usage.
+    """
+    text = tool("explain", text, status=2)
+
+    assert "give" in text
+
+
+def test_explain_of_digits_that_fit_several_keys_lists_them(
+    prod: Cache, tool: Callable[..., str]
+) -> None:
+    """
+    An ambiguous beginning is not guessed.
+    """
+    text = tool("explain", "00000000", status=2)
+
+    assert "3 keys begin with 00000000" in text
+    assert key_of(2).hex() in text
+
+
+def test_explain_tells_the_whole_story(prod: Cache, tool: Callable[..., str]) -> None:
+    """
+    Present, elsewhere, deleted and unknown: verdict, place, parent, difference, reach of the feed.
+    """
+    store(prod, 4, parent=key_of(3))
+    prod.pool.namespace(OTHER)
+    prod.delete(key_of(1))
+
+    present = tool("explain", key_of(4).hex())
+    elsewhere = tool("explain", key_of(4).hex(), "--namespace", "2")
+    deleted = tool("explain", key_of(1).hex())
+    unknown = tool("explain", key_of(77).hex())
+
+    assert "present in namespace prod (slot 1)" in present
+    assert f"follows {key_of(3).hex()}" in present
+    assert "not in the namespace asked for, but in namespace prod (slot 1)" in elsewhere
+    assert "dtype: 'float16' was asked for, 'bfloat16' there" in elsewhere
+    assert "deleted" in deleted
+    assert "a client asked for it" in deleted
+    assert "never stored in this pool" in unknown
+    assert "5 events" in unknown
+
+
+def test_explain_in_json_has_the_same(prod: Cache, tool: Callable[..., str]) -> None:
+    """
+    Programs get the verdict, the reason, the place and the history.
+    """
+    prod.delete(key_of(1))
+
+    found = json.loads(tool("explain", "--json", key_of(1).hex()))
+    there = json.loads(tool("explain", "--json", key_of(2).hex()))
+
+    assert (found["verdict"], found["by"], found["here"]) == ("deleted", "client", [])
+    assert [event["kind"] for event in found["history"]] == ["stored", "deleted"]
+    assert found["feed"]["complete"]
+    assert there["verdict"] == "present"
+    assert there["here"][0]["namespace"] == "prod"
+    assert there["here"][0]["bytes"] == 5000
+
+
+# ---- clear and destroy --------------------------------------------------------------------------
+
+
+def test_clear_drops_what_nobody_holds(prod: Cache, tool: Callable[..., str]) -> None:
+    """
+    The pool is empty afterwards, and goes on.
+    """
+    assert json.loads(tool("clear", "--yes", "--json"))["dropped"] == 3
+    assert prod.match([key_of(1)]) == 0
+    store(prod, 1)
+    assert "cleared" in tool("explain", key_of(2).hex())
+
+
+def test_destroy_ends_the_daemon_of_one_pool(
+    daemon: Any, prod: Cache, tool: Callable[..., str]
+) -> None:
+    """
+    The socket goes, the daemon ends with 0, and the next command finds no pool.
+    """
+    held = prod.get(key_of(1))
+    assert held is not None
+
+    text = tool("destroy", daemon.pool, "--yes")
+
+    assert "3 chunks dropped; 1 lease to be released" in text
+    assert daemon.wait() == 0
+    assert bytes(held.memory) == bytes(5000)
+    assert "no socket" in tool("status", status=3)
+
+
+def test_destroy_without_a_terminal_needs_yes(prod: Cache, tool: Callable[..., str]) -> None:
+    """
+    A script that forgot --yes destroys nothing.
+    """
+    assert "--yes" in tool("destroy", status=2)
+    assert prod.match([key_of(1)]) == 1
+
+
+def test_destroy_of_another_name_does_nothing(
+    daemon: Any, prod: Cache, tool: Callable[..., str]
+) -> None:
+    """
+    A name that is not the socket's pool's, or no name at all, is wrong usage.
+    """
+    assert repr(daemon.pool) in tool("destroy", "another", "--yes", status=2)
+    assert prod.match([key_of(1)]) == 1
+
+
+def test_destroy_does_not_go_on_to_another_pool(
+    daemon: Any,
+    prod: Cache,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """
+    With $CENOTE_SOCKET naming a socket that is gone, nothing is destroyed in its place.
+    """
+    run_dir = tmp_path / "cenote"
+    run_dir.mkdir(mode=0o700)
+    (run_dir / "default.sock").symlink_to(daemon.socket)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("CENOTE_SOCKET", str(tmp_path / "gone.sock"))
+
+    assert main(["destroy", "--yes"]) == 3
+    assert "there is no socket" in capsys.readouterr().err
+    assert prod.match([key_of(1)]) == 1
+
+
+def test_destroy_by_name_looks_where_daemons_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    A pool that is nowhere, and a name that cannot be one.
+    """
+    assert main(["destroy", "no-such-pool", "--yes"]) == 3
+    assert "no-such-pool.sock" in capsys.readouterr().err
+    assert main(["destroy", "Not/a/name", "--yes"]) == 2
+
+
+@pytest.mark.parametrize(("answer", "ends"), [("n", 1), ("", 1), ("y", 0)])
+def test_destroy_asks_on_a_terminal(daemon: Any, prod: Cache, answer: str, ends: int) -> None:
+    """
+    Only a yes destroys; the question says what there is to lose.
+    """
+    ours, theirs = pty.openpty()
+    with tool_process(
+        "destroy", "--socket", str(daemon.socket), stdin=theirs, stdout=subprocess.DEVNULL
+    ) as process:
+        os.close(theirs)
+        os.write(ours, f"{answer}\n".encode())
+        _, errors = process.communicate(timeout=30)
+    os.close(ours)
+
+    assert process.returncode == ends
+    assert f"Destroy pool {daemon.pool!r} (64MiB, 3 chunks" in errors
+    assert (daemon.wait() == 0) if ends == 0 else prod.match([key_of(1)]) == 1
+
+
+def test_destroy_needs_an_admin(
+    cenoted: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Who may only read is refused, with the option that would allow it.
+    """
+    uid = os.geteuid()
+    made = cenoted(
+        config="[[pool]]\nname = '{pool}'\nsocket = '{socket}'\n"
+        "[[pool.region]]\nmedium = 'memfd'\nsize = '64MiB'\n"
+        f"[pool.access]\nreaders = [{uid}]\nwriters = []\nadmins = []\n"
+    )
+    if not made.ready:
+        pytest.fail(made.log())
+
+    assert main(["destroy", "--yes", "--socket", str(made.socket)]) == 1
+    assert "admin" in capsys.readouterr().err
+
+
+# ---- bench --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shorter walk: what is measured is not the claim here."""
+    monkeypatch.setattr(bench, "WALK_BYTES_MAX", 8 << 20)
+    monkeypatch.setattr(bench, "ROUNDS", 2)
+
+
+def test_bench_measures_the_pool_of_this_host_and_leaves_nothing(
+    quick: None, prod: Cache, tool: Callable[..., str]
+) -> None:
+    """
+    With room in the pool it is what is measured; its chunks are gone afterwards, nothing else is.
+    """
+    found = json.loads(tool("bench", "--json"))
+
+    assert found["measured_on"]["what"] == "the pool of this host"
+    assert found["measured_on"]["pool"] == prod.pool.name
+    for name in ("hit_ns", "match_512_us", "put_to_copyto", "get_to_copyto"):
+        assert found[name] > 0
+    stats = prod.pool.stats()
+    assert (stats.chunks, stats.evictions) == (3, 0)
+
+
+def test_bench_takes_a_private_pool_rather_than_evict(
+    quick: None, cenoted: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    A pool without room is left alone; the output says what was measured, and why.
+    """
+    small = cenoted(size="16MiB")
+
+    assert main(["bench", "--socket", str(small.socket)]) == 0
+
+    text = capsys.readouterr().out
+    assert "on a private pool in memory" in text
+    assert f"because pool {small.pool} has" in text
+    with connect(small.socket, reconnect=False) as pool:
+        assert pool.stats().commits == 0
+
+
+def test_bench_without_a_daemon_measures_a_private_pool(
+    quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    --private needs no daemon.
+    """
+    assert main(["bench", "--private", "--json"]) == 0
+
+    found = json.loads(capsys.readouterr().out)
+    assert found["measured_on"]["what"] == "a private pool in memory"
+
+
+# ---- the tool itself ----------------------------------------------------------------------------
+
+
+def test_the_help_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """
+    Every command and demo are listed; commands of later releases are not.
+    """
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+
+    words = set(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert {*COMMANDS, "demo"} <= words
+    assert not words & LATER
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_each_command_describes_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """
+    --help of a command says what it does, and that it has --json and --socket.
+    """
+    with pytest.raises(SystemExit) as ended:
+        new_parser().parse_args([command, "--help"])
+
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "--json" in text
+    assert "--socket" in text
+    assert "SPDX" not in text
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["verify"],
+        ["ls", "--limit", "-1"],
+        ["ls", "--sort", "colour"],
+        ["explain"],
+        ["status", "--timeout", "0"],
+        ["status", "--timeout", "soon"],
+        ["status", "extra"],
+    ],
+)
+def test_wrong_usage_ends_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """
+    argparse's own errors and ours have the same status, and go to stderr.
+    """
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+
+    assert ended.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("command", ["status", "top", "ls", "clear", "destroy"])
+def test_without_a_daemon_the_status_is_3(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    A socket that is not there, and one that nobody listens on.
+    """
+    import socket
+
+    stale = tmp_path / "stale.sock"
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(stale))
+
+    assert main([command, "--socket", str(tmp_path / "none.sock")]) == 3
+    assert "cenoted" in capsys.readouterr().err
+    assert main([command, "--socket", str(stale)]) == 3
+    assert "nobody listens" in capsys.readouterr().err
+
+
+def test_a_stopped_daemon_is_no_daemon(daemon: Any, tool: Callable[..., str]) -> None:
+    """
+    A daemon that does not answer costs the deadline, not for ever.
+    """
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        text = tool("status", "--timeout", "200ms", status=3)
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+
+    assert "did not answer" in text
+
+
+def test_a_reader_of_the_output_may_leave(daemon: Any, prod: Cache) -> None:
+    """
+    `cenote ls | head -1` ends quietly.
+    """
+    store(prod, *range(10, 1500), nbytes=1)
+    with tool_process(
+        "ls", "--json", "--limit", "0", "--socket", str(daemon.socket), stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr is not None
+        errors = process.stderr.read()
+
+    assert (process.returncode, errors) == (0, "")
+
+
+def test_names_of_clients_cannot_steer_the_terminal(daemon: Any, tool: Callable[..., str]) -> None:
+    """
+    Escapes in a manifest are shown as question marks.
+    """
+    with connect(daemon.socket, reconnect=False) as pool:
+        pool.namespace(Manifest("evil\x1b[2J", "kv", "[red]x[/red]", 256))
+        text = tool("status")
+
+    assert "\x1b" not in text
+    assert "evil?[2J" in text
+    assert "[red]x[/red]" in text
+
+
+def test_looking_takes_no_writable_memory(daemon: Any, prod: Cache) -> None:
+    """
+    The tool attaches as a reader, so that it cannot write to the pool whatever goes wrong.
+    """
+    with MemoryHost() as host, host.connect("reader") as reader:
+        assert reader.role == "reader"
+    parser = new_parser()
+    args = parser.parse_args(["status", "--socket", str(daemon.socket)])
+    from cenote.client.cli import common
+
+    with common.open_pool(args) as looking:
+        assert looking.role == "reader"
+
+
+def test_the_parts_work_on_a_pool_in_memory() -> None:
+    """
+    Measuring works without a daemon, on the pool that users have in their tests.
+    """
+    with memory_pool("64MiB") as private:
+        found = bench.measure(private, 4 << 20)
+        assert found["hit_ns"] > 0
+        assert private.stats().chunks == 0

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon's life: start, stop, crash, restart, reload, and what each leaves behind."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cenote.shm.session import attach
+from cenote.shm.wire import Channel, Closed, Refusal
+
+CONFIG = """
+[[pool]]
+name = "{pool}"
+socket = "{socket}"
+policy = "lru"
+checksum = "off"
+
+[[pool.region]]
+medium = "memfd"
+size = "16MiB"
+"""
+
+
+def events_of(log: str, name: str) -> list[dict[str, Any]]:
+    """The log's lines of one kind."""
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    return [line for line in lines if line["event"] == name]
+
+
+def wait_for_event(daemon: Any, name: str, count: int = 1) -> list[dict[str, Any]]:
+    """Wait until the log has *count* lines of a kind; pytest's time limit ends it."""
+    pause = threading.Event()
+    while len(found := events_of(daemon.log(), name)) < count:
+        assert daemon.process.poll() is None, daemon.log()
+        pause.wait(0.01)
+    return found
+
+
+def switches(pid: int) -> int:
+    """How often the threads of *pid* went to sleep or were sent there."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for line in (task / "status").read_text().splitlines():
+            if line.split(":")[0].endswith("ctxt_switches"):
+                total += int(line.split()[1])
+    return total
+
+
+def status_kb(pid: int, field: str) -> int:
+    """A number of /proc/pid/status."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise LookupError(field)
+
+
+@pytest.mark.parametrize("medium", ["memfd", "shm", "file"])
+def test_ready_line_names_pool_socket_and_size(
+    cenoted: Callable[..., Any], medium: str, tmp_path: Path
+) -> None:
+    """
+    One line that begins with `ready` comes when clients may attach, on every medium, and a stop
+    leaves neither a socket, nor a lock file, nor a name.
+    """
+    wanted = f"file:{tmp_path}/pool.mem" if medium == "file" else medium
+    daemon = cenoted(medium=wanted)
+
+    assert daemon.ready == f"ready pool={daemon.pool} socket={daemon.socket} size=64MiB"
+    channel, welcome, fds = daemon.hello("writer")
+    mapping = attach(welcome, fds)
+    assert (welcome.pool, welcome.capacity_bytes) == (daemon.pool, 64 * 2**20)
+    assert len(daemon.names()) == (2 if medium == "shm" else 0)
+    del mapping
+    channel.close()
+
+    assert daemon.stop() == 0
+    left = sorted(p.name for p in tmp_path.iterdir() if p.name != "daemon.log")
+    assert (left, daemon.names()) == ([], [])
+    assert events_of(daemon.log(), "pool_dropped")[0]["pool"] == daemon.pool
+
+
+def test_stop_tells_clients_why(cenoted: Callable[..., Any]) -> None:
+    """A client that is connected hears `closing` before its socket ends."""
+    daemon = cenoted()
+    channel, _welcome, _fds = daemon.hello()
+
+    assert daemon.stop() == 0
+
+    with pytest.raises((Closed, ConnectionError)):
+        channel.request("ping")
+    assert [n["event"] for n in channel.notices] == ["closing"]
+
+
+def test_a_second_daemon_refuses_and_names_the_first(cenoted: Callable[..., Any]) -> None:
+    """Two daemons on one socket: the second ends with status 1 and says which pid serves it."""
+    first = cenoted()
+    second = cenoted(path=first.socket, pool=first.pool)
+
+    assert second.wait() == 1
+    assert second.ready == ""
+    (line,) = events_of(second.log(), "cannot_start")
+    assert f"pid {first.pid}" in line["error"]
+    assert first.hello()[1].server_pid == first.pid
+
+
+def test_a_stopped_daemon_keeps_its_pool(cenoted: Callable[..., Any]) -> None:
+    """A daemon under SIGSTOP is not dead: a second one refuses, too."""
+    first = cenoted()
+    first.process.send_signal(signal.SIGSTOP)
+    try:
+        second = cenoted(path=first.socket, pool=first.pool)
+        assert second.wait() == 1
+    finally:
+        first.process.send_signal(signal.SIGCONT)
+    assert first.hello()[1].server_pid == first.pid
+
+
+@pytest.mark.parametrize("medium", ["shm", "memfd"])
+def test_after_a_kill_the_next_daemon_starts_anew(cenoted: Callable[..., Any], medium: str) -> None:
+    """
+    kill -9, then a new daemon: another pool id, no name of the old one, one line in the log, and
+    a client of the old pool still reads what it mapped.
+    """
+    first = cenoted(medium=medium)
+    _channel, before, fds = first.hello("reader")
+    mapping = attach(before, fds)
+    first.kill()
+    assert first.socket.exists()
+    old_names = first.names()
+
+    second = cenoted(medium=medium, path=first.socket, pool=first.pool)
+    _channel, after, _fds = second.hello()
+
+    assert after.pool_id != before.pool_id
+    assert not set(old_names) & set(second.names())
+    assert len(second.names()) == (2 if medium == "shm" else 0)
+    assert len(events_of(second.log(), "leftovers_unlinked")) == 1
+    assert ctypes.string_at(mapping.catalog, 8) == b"cnpoole1"
+
+
+def test_a_stale_socket_file_is_replaced(cenoted: Callable[..., Any], tmp_path: Path) -> None:
+    """A socket file that nobody listens on is no obstacle."""
+    path = tmp_path / "stale.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+
+    daemon = cenoted(path=path)
+
+    assert daemon.ready.startswith("ready ")
+    assert daemon.hello()[1].pool == daemon.pool
+
+
+def test_what_is_no_stale_socket_is_left_alone(cenoted: Callable[..., Any], tmp_path: Path) -> None:
+    """A file in the socket's place, or a server that listens there, ends the start: status 1."""
+    file = tmp_path / "precious.sock"
+    file.write_text("mine")
+    daemon = cenoted(path=file)
+    assert daemon.wait() == 1
+    assert file.read_text() == "mine"
+
+    path = tmp_path / "foreign.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        daemon = cenoted(path=path)
+        assert daemon.wait() == 1
+        assert "another server listens" in daemon.log()
+        assert path.exists()
+
+
+def test_wrong_usage_ends_with_status_2(cenoted: Callable[..., Any]) -> None:
+    """A configuration that cannot be used, or too little memory, is status 2 with the reason."""
+    daemon = cenoted(size="4G")
+    assert daemon.wait() == 2
+    assert '"4GiB"' in daemon.log()
+
+    daemon = cenoted(size="64TiB")
+    assert daemon.wait() == 2
+    assert "has room for" in daemon.log()
+
+
+def test_reload_applies_what_can_change(cenoted: Callable[..., Any]) -> None:
+    """SIGHUP: policy and water marks change at once; the size waits for a restart and is named."""
+    daemon = cenoted(config=CONFIG)
+    channel, _welcome, _fds = daemon.hello()
+    file = daemon.socket.parent / "cenoted.toml"
+    changed = file.read_text().replace('"lru"', '"s3-fifo"\nhigh_water = 0.5')
+    file.write_text(changed.replace("16MiB", "32MiB"))
+
+    daemon.hang_up()
+    (line,) = wait_for_event(daemon, "reloaded")
+
+    stats = channel.request("stats").body
+    assert (stats["policy"], stats["high_water"]) == ("s3-fifo", 0.5)
+    assert stats["capacity_bytes"] == 16 * 2**20
+    assert line["needs_restart"] == 1
+    assert "size" in events_of(daemon.log(), "needs_restart")[0]["key"]
+
+
+def test_a_broken_reload_changes_nothing(cenoted: Callable[..., Any]) -> None:
+    """A mistake in the file is logged, and the daemon goes on with what it had."""
+    daemon = cenoted(config=CONFIG)
+    channel, _welcome, _fds = daemon.hello()
+    (daemon.socket.parent / "cenoted.toml").write_text("[[pool]]\nname = 7\n")
+
+    daemon.hang_up()
+    wait_for_event(daemon, "reload_failed")
+
+    assert channel.request("stats").body["policy"] == "lru"
+
+
+def test_reload_takes_access_away(cenoted: Callable[..., Any]) -> None:
+    """Who is no longer in the lists loses the connection, and is refused when it comes again."""
+    daemon = cenoted(config=CONFIG)
+    channel, _welcome, _fds = daemon.hello()
+    file = daemon.socket.parent / "cenoted.toml"
+    somebody = os.geteuid() + 4242
+    file.write_text(file.read_text() + f"\n[pool.access]\nadmins = [{somebody}]\n")
+
+    daemon.hang_up()
+    wait_for_event(daemon, "reloaded")
+
+    with pytest.raises((Closed, ConnectionError)):
+        channel.request("ping")
+    assert channel.notices[0]["reason"] == "access"
+    with pytest.raises(Refusal, match=f"uid {os.geteuid()} may not attach"):
+        daemon.hello()
+
+
+def test_several_pools_are_served_by_one_daemon(
+    cenoted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Each pool has its socket, its id and its memory; destroying one leaves the other."""
+    other = tmp_path / "other.sock"
+    config = CONFIG + CONFIG.replace("{pool}", "{pool}-b").replace("{socket}", str(other))
+    daemon = cenoted(config=config)
+    assert daemon.ready.count("pool=") == 2
+    admin, _welcome, _fds = daemon.hello("admin")
+
+    admin.request("destroy")
+    daemon.socket = other
+    _channel, welcome, _fds = daemon.hello()
+
+    assert welcome.pool == f"{daemon.pool}-b"
+    assert daemon.process.poll() is None
+
+
+def test_destroy_ends_the_pool_and_then_the_daemon(cenoted: Callable[..., Any]) -> None:
+    """An admin's destroy retires the pool for its clients, unlinks it, and ends the daemon."""
+    daemon = cenoted(medium="shm")
+    _reader, welcome, fds = daemon.hello("reader")
+    mapping = attach(welcome, fds)
+    admin, _welcome, _fds = daemon.hello("admin")
+
+    assert admin.request("destroy").body["ok"] is True
+
+    assert daemon.wait() == 0
+    assert daemon.names() == []
+    assert not daemon.socket.exists()
+    pool_state = ctypes.c_uint64.from_address(mapping.catalog + 2048).value
+    assert pool_state == 2  # CN_POOL_RETIRED
+
+
+@pytest.mark.parametrize("checksum", ["off", "lazy"])
+def test_an_idle_daemon_sleeps(cenoted: Callable[..., Any], checksum: str) -> None:
+    """No thread of an idle daemon wakes up, though a client is there; little memory is its own."""
+    daemon = cenoted("--checksum", checksum)
+    channel, welcome, fds = daemon.hello()
+    mapping = attach(welcome, fds)
+    channel.request("stats")
+    quiet = select.poll()
+    quiet.register(channel.fileno(), select.POLLIN)
+    assert quiet.poll(500) == []  # what the start set going has ended
+
+    before = switches(daemon.pid)
+    assert quiet.poll(1500) == []
+    after = switches(daemon.pid)
+
+    assert after - before <= 3  # a stray preemption is nobody's timer
+    assert status_kb(daemon.pid, "RssAnon") < 60_000
+    del mapping
+
+
+def test_notify_tells_systemd(
+    cenoted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """READY=1 when it serves, WATCHDOG=1 while it does, STOPPING=1 at the end."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
+        notices.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "20000")
+        daemon = cenoted()
+
+        assert notices.recv(64) == b"READY=1"
+        assert {notices.recv(64), notices.recv(64)} == {b"WATCHDOG=1"}
+        daemon.stop()
+        rest = [notices.recv(64)]
+        while rest[-1] == b"WATCHDOG=1":
+            rest.append(notices.recv(64))
+
+    assert rest[-1] == b"STOPPING=1"
+
+
+def test_a_start_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM while the pages are touched: no name, no socket and no lock stay behind."""
+    pool = f"early{os.getpid()}"
+    path = tmp_path / "early.sock"
+    argv = ["--socket", str(path), "--name", pool, "--size", "512MiB", "--medium", "shm"]
+    shm = Path("/dev/shm")  # where named shared memory is
+    with subprocess.Popen(
+        [sys.executable, "-m", "cenote.daemon.main", *argv],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        pause = threading.Event()
+        while not list(shm.glob(f"cenote.*.{pool}.*.r0")):
+            assert process.poll() is None
+            pause.wait(0.001)
+        process.terminate()
+
+    assert process.returncode == 0
+    assert list(shm.glob(f"cenote.*.{pool}.*")) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_channel_is_what_clients_use(cenoted: Callable[..., Any]) -> None:
+    """Many requests on one connection are answered in order, each with its own id."""
+    daemon = cenoted()
+    channel, _welcome, _fds = daemon.hello()
+    assert isinstance(channel, Channel)
+
+    replies = [channel.request("ping").body for _ in range(300)]
+
+    assert [reply["id"] for reply in replies] == list(range(2, 302))
