@@ -54,7 +54,7 @@ class PoolStats:
         bytes_waste: Memory that no extent can use.
         hits: Leases taken.
         misses: Lookups that found nothing, or were refused.
-        hit_bytes: Bytes that were leased.
+        hit_bytes: Bytes that were leased, as far as the daemon has read the sessions' logs.
         lease_refused: Lookups answered as a miss because of a limit of the session.
         commits: Chunks stored.
         duplicates: Chunks dropped because the key was there.

@@ -31,6 +31,7 @@ REASON_NAMES: Final = {  # enum cn_event_reason
     7: "admin",
 }
 HISTORY_MAX: Final = 64
+KEY_BYTES: Final = 32
 LOOKS_MAX: Final = 3  # a key that is stored and evicted under our eyes is looked at again
 
 _CLEARED: Final = 4
@@ -126,6 +127,8 @@ def explain(catalog: Catalog, key: bytes, asked: Namespace | None = None) -> Exp
     Raises:
         ValueError: The key has not 32 bytes.
     """
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"the key has {len(key)} bytes: a key has {KEY_BYTES}")
     for _ in range(LOOKS_MAX):
         found = _look(catalog, key, asked)
         history, feed = _events_of(catalog, key, asked)

@@ -12,6 +12,7 @@ import contextlib
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -118,6 +119,7 @@ class PoolHost:
         form = format_of(self.spec, keep)
         form.pool_id = self.pool_id
         form.hash_seed = [secrets.randbits(64), secrets.randbits(64)]
+        form.created_ns = time.time_ns()
         self.catalog_bytes = catalog_bytes(self.spec)
         touched = _Touch(progress, stop)
         populate = any(region.populate for region in self.spec.regions)

@@ -44,6 +44,7 @@ ROLE_NAMES: Final = {1: "reader", 2: "writer", 3: "admin"}  # enum cn_role
 SESSION_STATES: Final = {1: "open", 2: "dying"}  # enum cn_session_state
 CHUNKS_A_BLOCK: Final = 65_536
 EVENTS_A_BLOCK: Final = 4096
+FREE_SLOTS_SEEN: Final = 16
 EVENT_READS_MAX: Final = 8  # reads a block, when the keeper is faster than we are
 
 _MEDIUM_NAMES: Final = {number: name for name, number in MEDIA.items()}
@@ -161,13 +162,16 @@ class Catalog:
     def namespaces(self) -> list[Namespace]:
         """Return all namespaces, by slot."""
         found: list[Namespace] = []
-        wanted = int(self._super.counters.namespaces)
+        free = 0
         for slot in range(1, self.superblock.namespace_count):
-            if len(found) >= wanted:
-                break  # reading on would give memory to pages that nobody used
             one = self.namespace(slot)
+            free = 0 if one else free + 1
             if one is not None:
                 found.append(one)
+            # The keeper takes the first free slot: reading on would give memory to pages that
+            # nobody used. Its counter is a little late, and cannot say alone where the end is.
+            elif free > FREE_SLOTS_SEEN and len(found) >= self._super.counters.namespaces:
+                break
         return found
 
     def sessions(self) -> list[Session]:

@@ -34,8 +34,9 @@ EXAMPLE_EVENTS: Final = 65_536
 _MARKED: Final = re.compile(r"/\* cffi:begin \*/(.*?)/\* cffi:end \*/", re.DOTALL)
 _STRUCT: Final = re.compile(r"^struct (\w+) \{\n(.*?)^\};", re.DOTALL | re.MULTILINE)
 _ENUM: Final = re.compile(r"^enum (\w+) \{(.*?)\};", re.DOTALL | re.MULTILINE)
-_FIELD: Final = re.compile(r"^ {4}\w+(?: \w+)* (\w+)(?:\[\w+(?: - \w+)?\])?;[ \t]*(/\*.*?\*/)?",
-                           re.DOTALL | re.MULTILINE)
+_FIELD: Final = re.compile(
+    r"^ {4}\w+(?: \w+)* (\w+)(?:\[\w+(?: - \w+)?\])?;[ \t]*(/\*.*?\*/)?", re.DOTALL | re.MULTILINE
+)
 _ITEM: Final = re.compile(r"(CN_\w+) = \w+,?[ \t]*(/\*.*?\*/)?", re.DOTALL)
 _DEFINE: Final = re.compile(r"^#define (CN_\w+) \S+[ \t]*(/\*.*?\*/)?", re.MULTILINE)
 # a row of the table in the comment above struct cn_chunk: offset, size, field, writer, ordering
@@ -111,7 +112,7 @@ def size_of(layout: Layout, name: str) -> int:
     return int(layout.ffi.sizeof(f"struct {name}"))
 
 
-def areas(layout: Layout, parts: list[tuple[str, int]], total: int) -> Iterator[str]:
+def areas(parts: list[tuple[str, int]], total: int) -> Iterator[str]:
     """Yield the rows of an object cut into *parts* (what, bytes), each on a page of its own."""
     yield "| offset | bytes | what |"
     yield "| ---: | ---: | --- |"
@@ -137,7 +138,7 @@ def session_areas(layout: Layout) -> Iterator[str]:
         ),
         ("access log: `uint64_t[8192]`", lib.CN_ACCESS_SLOTS * 8),
     ]
-    yield from areas(layout, parts, lib.cn_session_segment_bytes(slots))
+    yield from areas(parts, lib.cn_session_segment_bytes(slots))
 
 
 def catalog_areas(layout: Layout) -> Iterator[str]:
@@ -164,7 +165,7 @@ def catalog_areas(layout: Layout) -> Iterator[str]:
         ),
         ("event feed: `cn_event[event_count]`", EXAMPLE_EVENTS * size_of(layout, "cn_event")),
     ]
-    yield from areas(layout, parts, lib.cn_catalog_bytes(form))
+    yield from areas(parts, lib.cn_catalog_bytes(form))
 
 
 def inserted(layout: Layout) -> dict[str, str]:
@@ -203,7 +204,9 @@ def document() -> str:
 def main() -> int:
     """Write the page, or say that it is not what the compiled core has."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 on a difference")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, exit 1 on a difference"
+    )
     check = parser.parse_args().check
 
     text = document()

@@ -18,6 +18,7 @@ struct cn_format {
     const char *pool_name;
     uint8_t pool_id[16];
     uint64_t hash_seed[2];
+    uint64_t created_ns;         /* CLOCK_REALTIME, for people */
     uint32_t chunk_count;        /* descriptors, rounded up to a multiple of 64 */
     uint32_t lease_slots;        /* a session, multiple of 512 */
     uint32_t event_count;        /* rounded up to a power of two */
@@ -206,7 +207,8 @@ int cn_view_verify(const struct cn_client *client, const struct cn_view *view);
 /* An extent for data_bytes + meta_bytes from the stock, waiting at most wait_ms for the keeper. */
 int cn_reserve(struct cn_client *client, uint64_t data_bytes, uint32_t meta_bytes,
                uint32_t wait_ms, struct cn_grant *ret_grant);
-/* Writes one ring record; no reply. The grant is used up, whatever comes of the commit. */
+/* Writes one ring record; no reply. On CN_OK the grant is used up, whatever the keeper makes of the
+ * record; on an error it is still the caller's, to try again or abort. */
 int cn_commit(struct cn_client *client, const struct cn_put *put, uint32_t wait_ms);
 int cn_abort(struct cn_client *client, uint64_t ref);
 /* Copy meta behind the data of a grant. */

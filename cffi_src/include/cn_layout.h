@@ -147,13 +147,13 @@ struct cn_counters {
     uint64_t grants_failed;
     uint64_t moves;             /* chunks moved to empty a slab */
     uint64_t live_chunks;
-    uint64_t live_bytes;        /* extents of LIVE and DYING chunks */
+    uint64_t live_bytes;        /* extents of LIVE chunks */
     uint64_t granted_bytes;     /* extents of GRANTED descriptors */
     uint64_t limbo_chunks;      /* DYING and still leased */
     uint64_t pinned_chunks;
     uint64_t hits;              /* folded in from the sessions */
     uint64_t misses;
-    uint64_t hit_bytes;
+    uint64_t hit_bytes;         /* of the hits whose log entries were read in time */
     uint64_t sessions;
     uint64_t sessions_opened;
     uint64_t sessions_died;     /* ended with their process, not by close */

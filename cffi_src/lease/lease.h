@@ -11,7 +11,6 @@
 #ifndef CN_LEASE_H
 #define CN_LEASE_H
 
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include "cn_api.h"

@@ -291,10 +291,11 @@ int cn_link(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r
         cn_store_relaxed(&chunk->key[i], r->key[i]);
     cn_store_relaxed(&chunk->size_crc, (uint64_t)r->crc32c << 32 | r->data_bytes);
     cn_store_relaxed(&chunk->place, cn_place(region, r->ns_slot, 0));
-    fill_cold(k, s, r, d, parent_from(k, r));
+    uint32_t parent = parent_from(k, r);
+    fill_cold(k, s, r, d, parent);
     cn_chunk_publish(k, d, gen, CN_LIVE, flags_of(r)); /* crash after it: LIVE, unlinked; recovery links it */
     cn_index_insert(&k->catalog, h, d);
-    cn_policy_add(k, d);
+    cn_policy_add(k, d, parent == CN_NONE && (r->flags & CN_RF_PARENT) != 0);
     cn_account_live(k, d, true);
     k->count.commits++;
     if (k->catalog.cold[d].expires_ns != 0)
@@ -360,7 +361,7 @@ void cn_clear_pin(struct cn_keeper *k, uint32_t d)
     k->catalog.cold[d].pinned_ns = 0;
     count_pin(k, d, false);
     cn_chunk_publish(k, d, cn_word_gen(word), CN_LIVE, cn_word_flags(word) & ~(uint32_t)CN_CF_PINNED);
-    cn_policy_add(k, d);
+    cn_policy_add(k, d, false);
 }
 
 void cn_set_crc(struct cn_keeper *k, uint64_t ref, uint32_t crc32c)

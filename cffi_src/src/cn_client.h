@@ -40,7 +40,6 @@ struct cn_client {
 
     /* Tagged free list of lease slots: tag:32 (high) | slot:32; the tag defeats reuse (1.5). */
     uint64_t free_head __attribute__((aligned(CN_CACHELINE)));
-    uint64_t lease_high;         /* what we published in head->lease_high */
     bool limited;                /* lease_limit_bytes is less than there is */
     uint64_t leased_bytes;       /* racy sum; exact recount when it seems too much */
     uint64_t access_tail;

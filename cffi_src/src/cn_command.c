@@ -24,6 +24,7 @@ uint32_t cn_run_commands(struct cn_keeper *k)
         head = command->next;
         command->status = command->run(k, command->args);
         cn_unlink_flush(k);
+        cn_counters_store(k);
         cn_store32_release(&command->done, 1);
         futex_wake(&command->done);
         done++;
@@ -146,7 +147,7 @@ static void change_policy(struct cn_keeper *k, const char *name)
     for (uint32_t d = 0; d < k->fresh; d++) {
         if (cn_word_state(cn_chunk_word(k, d)) == CN_LIVE && k->nodes[d].queue != 0) {
             k->nodes[d] = (struct cn_policy_node){.prev = CN_NONE, .next = CN_NONE};
-            cn_policy_add(k, d);
+            cn_policy_add(k, d, false);
         }
     }
     for (uint32_t i = 0; i < old_count; i++)

@@ -140,6 +140,7 @@ int cn_catalog_format(void *catalog, uint64_t catalog_bytes, const struct cn_for
     super->abi_fingerprint = cn_abi_fingerprint();
     memcpy(super->pool_id, f->pool_id, sizeof(super->pool_id));
     memcpy(super->hash_seed, f->hash_seed, sizeof(super->hash_seed));
+    super->created_ns = f->created_ns;
     super->catalog_bytes = catalog_bytes;
     super->chunk_count = a.chunk_count;
     super->bucket_count = a.bucket_count;

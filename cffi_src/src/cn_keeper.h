@@ -180,8 +180,9 @@ static inline uint64_t cn_chunk_word(const struct cn_keeper *k, uint32_t d)
 {
     return cn_load_relaxed(&k->catalog.chunks[d].word);
 }
-/* Into the queue of its domain, as just used. */
-void cn_policy_add(struct cn_keeper *k, uint32_t d);
+/* Into the queue of its domain, as just used. orphan: its parent is named but not here, so no prefix
+ * leads to it; it goes before everything else. */
+void cn_policy_add(struct cn_keeper *k, uint32_t d, bool orphan);
 struct cn_hash cn_chunk_hash(const struct cn_keeper *k, uint32_t d);
 struct cn_key cn_chunk_key(const struct cn_keeper *k, uint32_t d);
 /* Release: all other fields of the descriptor and its cold record come before it (I5). */
@@ -212,7 +213,6 @@ void cn_set_crc(struct cn_keeper *k, uint64_t ref, uint32_t crc32c);
 /* Copy an unleased, unpinned chunk to another extent; false when there is none. */
 bool cn_move(struct cn_keeper *k, uint32_t d);
 void cn_policy_drop(struct cn_keeper *k, uint32_t d, bool evicted);
-struct cn_policy *cn_domain_for(struct cn_keeper *k, uint32_t ns, int8_t priority, uint16_t *ret_id);
 int cn_timer_add(struct cn_timers *t, uint64_t at_ns, uint64_t ref);
 bool cn_timer_pop(struct cn_timers *t, uint64_t now_ns, uint64_t *ret_ref);
 

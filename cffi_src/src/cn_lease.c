@@ -29,7 +29,6 @@ void cn_slots_init(struct cn_client *c)
     for (uint32_t slot = c->hot_slots; slot < c->lease_slots; slot++)
         c->slot_next[slot] = slot + 1 < c->lease_slots ? slot + 1 : SLOT_NONE;
     c->free_head = c->hot_slots;
-    c->lease_high = c->hot_slots;
     cn_store_release(&c->head->lease_high, c->hot_slots);
 }
 
@@ -70,10 +69,11 @@ static void slots_put(struct cn_client *c, const uint32_t *slots, uint32_t count
 
 static void publish(struct cn_client *c, uint32_t slot, uint64_t ref)
 {
-    if (slot >= cn_load_relaxed(&c->lease_high)) {
-        cn_store_relaxed(&c->lease_high, (uint64_t)slot + 1);
-        cn_store_release(&c->head->lease_high, (uint64_t)slot + 1);
-    }
+    /* The keeper scans to this mark (I3): raised before the lease, and by compare-and-swap, so that
+     * of two threads that raise it neither lowers it, and none relies on one not yet stored. */
+    uint64_t high = cn_load_relaxed(&c->head->lease_high);
+    while (slot >= high && !cn_cas(&c->head->lease_high, &high, (uint64_t)slot + 1))
+        ;
     cn_store_relaxed(&c->leases[slot], ref);
 }
 
@@ -112,7 +112,7 @@ static int fill_view(struct cn_client *c, uint64_t ref, uint64_t word, uint32_t 
         .flags = cn_word_flags(word),
     };
     if (c->limited)
-        c->slot_bytes[slot] = bytes;
+        cn_store_relaxed(&c->slot_bytes[slot], bytes);
     return CN_OK;
 }
 
@@ -126,9 +126,10 @@ static bool bytes_allowed(struct cn_client *c, uint64_t more)
     if (!c->limited || cn_load_relaxed(&c->leased_bytes) + more <= c->lease_limit_bytes)
         return true;
     uint64_t exact = 0;
-    for (uint32_t slot = 0; slot < c->lease_high; slot++)
+    uint64_t high = cn_load_relaxed(&c->head->lease_high);
+    for (uint32_t slot = 0; slot < high && slot < c->lease_slots; slot++)
         if (cn_load_relaxed(&c->leases[slot]) != 0)
-            exact += c->slot_bytes[slot];
+            exact += cn_load_relaxed(&c->slot_bytes[slot]);
     cn_store_relaxed(&c->leased_bytes, exact);
     return exact + more <= c->lease_limit_bytes;
 }
@@ -270,7 +271,7 @@ void cn_release(struct cn_client *c, uint32_t slot)
     if (cn_is_forked(c) || slot >= c->lease_slots)
         return;
     if (c->limited)
-        count_unleased(c, c->slot_bytes[slot]);
+        count_unleased(c, cn_load_relaxed(&c->slot_bytes[slot]));
     give_back(c, slot);
 }
 
@@ -284,7 +285,7 @@ void cn_release_many(struct cn_client *c, const struct cn_view *views, uint32_t 
         uint64_t bytes = 0;
         for (; n < BATCH && done < view_count; done++) {
             uint32_t slot = views[done].slot;
-            bytes += c->limited ? c->slot_bytes[slot] : 0;
+            bytes += c->limited ? cn_load_relaxed(&c->slot_bytes[slot]) : 0;
             clear_slot(c, slot);
             if (slot >= c->hot_slots)
                 slots[n++] = slot;

@@ -33,10 +33,10 @@ static uint32_t capacity_in_chunks(const struct cn_keeper *k)
     return chunks == 0 ? 1 : (uint32_t)chunks;
 }
 
-struct cn_policy *cn_domain_for(struct cn_keeper *k, uint32_t ns, int8_t priority, uint16_t *ret_id)
+static struct cn_policy *domain_of(struct cn_keeper *k, uint32_t ns, uint32_t band, uint16_t *ret_id)
 {
     uint32_t group = k->catalog.namespaces[ns].quota_bytes != 0 ? ns : 0;
-    uint32_t id = group * CN_BANDS + band_of(priority) + 1;
+    uint32_t id = group * CN_BANDS + band + 1;
     if (k->domains[id] == NULL) {
         k->domains[id] = cn_policy_create(k->policy_name, k->nodes, k->catalog.chunk_count,
                                           capacity_in_chunks(k), cn_parent_of, k);
@@ -48,11 +48,24 @@ struct cn_policy *cn_domain_for(struct cn_keeper *k, uint32_t ns, int8_t priorit
     return k->domains[id];
 }
 
-void cn_policy_add(struct cn_keeper *k, uint32_t d)
+/* A chunk is worth no more than its prefix: not more than its parent, and little without one. */
+static uint32_t band_in_chain(const struct cn_keeper *k, uint32_t d, bool orphan)
+{
+    uint32_t band = band_of(k->catalog.cold[d].priority);
+    uint32_t parent = cn_live_of(k, k->catalog.cold[d].parent);
+    if (orphan)
+        return 0;
+    if (parent == CN_NONE || k->nodes[parent].reserved == 0)
+        return band;
+    uint32_t above = (k->nodes[parent].reserved - 1u) % CN_BANDS;
+    return band < above ? band : above;
+}
+
+void cn_policy_add(struct cn_keeper *k, uint32_t d, bool orphan)
 {
     uint16_t id;
     uint32_t ns = cn_place_ns(k->catalog.chunks[d].place);
-    struct cn_policy *p = cn_domain_for(k, ns, k->catalog.cold[d].priority, &id);
+    struct cn_policy *p = domain_of(k, ns, band_in_chain(k, d, orphan), &id);
     if (p == NULL)
         return; /* memory is short: the chunk stays until it is deleted or the pool restarts */
     k->nodes[d].reserved = id;

@@ -204,6 +204,7 @@ static uint64_t fold(uint64_t *folded, uint64_t seen)
 
 void cn_session_fold(struct cn_keeper *k, struct cn_session *s)
 {
+    cn_session_read_access(k, s); /* hit_bytes */
     k->count.hits += fold(&s->hits, hits_of(s));
     k->count.misses += fold(&s->misses, cn_load_relaxed(&s->head->misses));
 }

@@ -323,7 +323,7 @@ class PrefixCache:
         """
         ids = token_ids(input_ids)
         if start < 0:
-            raise ValueError(f"start is {start}: give the number of tokens that were loaded")
+            raise ValueError(f"start is {start}: give 0, or the number of tokens that were loaded")
         layers = plain_layers(past_key_values)
         held = check_layers(layers, self.geometry)
         count = min(len(ids), held) // self.chunk_tokens

@@ -35,7 +35,7 @@ TOKENS_MAX: Final = 32 * 1024
 LOGITS_TOLERANCE: Final = 1e-4
 DEATH_WAIT_S: Final = 10.0
 POLL_S: Final = 0.001
-STEPS: Final = 8
+STEPS: Final = 9
 
 Say = Callable[[str], None]
 
@@ -364,7 +364,8 @@ def main(argv: Sequence[str]) -> int:
         )
         return common.EXIT_USAGE
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _interrupt)
     stage = Stage()
     try:
         report = _play(args, stage)

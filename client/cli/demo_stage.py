@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 from . import common
@@ -31,6 +32,7 @@ SHM_DIR: Final = Path("/dev/shm")
 READY_S: Final = 30.0  # of a daemon
 ANSWER_S: Final = 300.0  # of an engine, on a slow machine
 STOP_S: Final = 10.0
+INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ERROR_LINES: Final = 12
 READ_BYTES: Final = 65536
 
@@ -63,7 +65,7 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=_environment(),
+                env=_environment(folder),
                 start_new_session=True,
                 bufsize=0,
             )
@@ -185,14 +187,21 @@ class Stage:
 
     def daemon(self, pool_bytes: int) -> DaemonProcess:
         """Start a daemon with a pool of so many bytes, and wait until it is ready."""
-        self._daemon = DaemonProcess(self.folder, self.pool, pool_bytes)
-        self._daemon.ready()
-        return self._daemon
+        with _deferred():
+            made = self._daemon = DaemonProcess(self.folder, self.pool, pool_bytes)
+        try:
+            made.ready()
+        except DemoFailed:
+            self._daemon = None  # what it said is told already
+            made.stop(signal.SIGTERM)
+            raise
+        return made
 
     def engine(self, label: str, daemon: DaemonProcess, **options: Any) -> EngineProcess:
         """Start an engine on that daemon's pool."""
-        made = EngineProcess(label, self.folder, {"socket": str(daemon.socket), **options})
-        self._engines.append(made)
+        with _deferred():
+            made = EngineProcess(label, self.folder, {"socket": str(daemon.socket), **options})
+            self._engines.append(made)
         return made
 
     def close(self) -> list[str]:
@@ -202,7 +211,7 @@ class Stage:
         Returns:
             What was not in order: a daemon that did not end as told, objects that stayed.
         """
-        with _uninterrupted():
+        with _handled(signal.SIG_IGN):  # a second Ctrl-C must not leave a daemon behind
             engines, self._engines = self._engines, []
             for engine in engines:
                 engine.stop(signal.SIGTERM)
@@ -233,21 +242,35 @@ class Stage:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ignore what would interrupt: a second Ctrl-C must not leave a daemon behind."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+def _deferred() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the end, not between the start of a process and noting it."""
+    pending: list[int] = []
+    with _handled(lambda number, _frame: pending.append(number)):
+        yield
+    if pending:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Have what would interrupt handled so, for a while."""
+    before = [signal.signal(number, handler) for number in INTERRUPTS]
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        for number, old in zip(INTERRUPTS, before, strict=True):
+            signal.signal(number, old)
 
 
-def _environment() -> dict[str, str]:
-    """Return this environment without settings of cenote's; the model hub is not to be asked."""
+def _environment(folder: Path) -> dict[str, str]:
+    """
+    Return this environment without settings of cenote's.
+
+    The model hub is not to be asked, and what torch keeps for later goes with *folder*.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("CENOTE_", "CENOTED_"))}
-    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    return {**kept, **offline, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
 
 
 def _medium(pool_bytes: int) -> str:
