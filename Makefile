@@ -6,7 +6,7 @@ VENV      ?= .venv
 # What `make demo` installs besides. Elsewhere than on a CPU-only host torch may be a CUDA build of
 # the same version, which is larger; give TORCH=... to choose, or TORCH= to keep what is installed.
 TORCH        ?= torch==2.13.0
-TRANSFORMERS ?= transformers>=4.56
+TRANSFORMERS ?= transformers==5.23.0
 # Arguments for pytest, the demo or the benches: make test ARGS="-k lease -x"
 ARGS      ?=
 
