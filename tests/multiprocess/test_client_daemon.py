@@ -474,6 +474,7 @@ def test_stopped_daemon_costs_the_deadline(cenoted: Start) -> None:
         cache = pool.namespace(MANIFEST)
         store(cache, 1)
         os.kill(daemon.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, daemon.pid, os.WSTOPPED)  # now every thread of it is
         try:
             assert cache.get(key_of(1)) is not None
             with contextlib.suppress(PoolFull):  # if the stock had none

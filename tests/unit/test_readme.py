@@ -21,7 +21,7 @@ def environ(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A daemon as the README starts it, but at a path of its own; where clients find it."""
     found = {**os.environ, "CENOTE_SOCKET": str(tmp_path / "readme.sock")}
     command = [sys.executable, "-m", "cenote.daemon.main", "--size", "64MiB"]
-    command += ["--name", f"readme{os.getpid()}"]
+    command += ["--name", f"readme{os.getpid()}", "--socket", found["CENOTE_SOCKET"]]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=found) as daemon:
         try:
             assert daemon.stdout is not None
@@ -101,5 +101,31 @@ def test_files_that_the_pages_name_exist(project_root: Path) -> None:
             file = project_root / path
             if not file.exists() or (test and test not in file.read_text(encoding="utf-8")):
                 wrong.append(f"{page.relative_to(project_root)}: {path} {test}".rstrip())
+
+    assert not wrong, "\n".join(wrong)
+
+
+def test_tests_and_functions_that_the_pages_name_exist(project_root: Path) -> None:
+    """
+    `test_x` in the documentation is a test, and `cn_x()` a function of the C core.
+    """
+    sources = [*(project_root / "tests").rglob("*.py"), *(project_root / "tests").rglob("*.c")]
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    core = "\n".join(
+        path.read_text(encoding="utf-8") for path in (project_root / "cffi_src").rglob("*.[ch]")
+    )
+    wrong = []
+    for page in sorted((project_root / "docs").rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        wrong += [
+            f"{page.name}: {name}"
+            for name in set(re.findall(r"`(test_\w+)`", text))
+            if not re.search(rf"\b{name}\(", tests)
+        ]
+        wrong += [
+            f"{page.name}: {name}()"
+            for name in set(re.findall(r"`(cn_\w+)\(\)`", text))
+            if not re.search(rf"\b{name}\(", core)
+        ]
 
     assert not wrong, "\n".join(wrong)
