@@ -21,7 +21,7 @@ from cenote._native import _core
 
 from . import media
 from .errors import ManifestMismatch, PoolGone, check, error_of
-from .identity import Peer
+from .identity import Peer, boot_id, start_ns
 from .manifest import diff, namespace_id, tenant_tag
 from .media import MediumObject, MediumSpec, ObjectName
 from .messages import ROLES
@@ -120,6 +120,8 @@ class PoolHost:
         form.pool_id = self.pool_id
         form.hash_seed = [secrets.randbits(64), secrets.randbits(64)]
         form.created_ns = time.time_ns()
+        form.keeper_start_ns = start_ns(os.getpid())
+        form.boot_id = boot_id()
         self.catalog_bytes = catalog_bytes(self.spec)
         touched = _Touch(progress, stop)
         populate = any(region.populate for region in self.spec.regions)

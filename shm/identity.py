@@ -93,3 +93,11 @@ def own_pidfd() -> int:
         return os.pidfd_open(os.getpid())
     except OSError:
         return -1
+
+
+def boot_id(proc: Path = PROC) -> bytes:
+    """Return the 16 bytes that name this boot of the kernel; zeros where it does not say."""
+    try:
+        return bytes.fromhex((proc / "sys/kernel/random/boot_id").read_text().replace("-", ""))
+    except (OSError, ValueError):
+        return bytes(16)

@@ -19,6 +19,8 @@ struct cn_format {
     uint8_t pool_id[16];
     uint64_t hash_seed[2];
     uint64_t created_ns;         /* CLOCK_REALTIME, for people */
+    uint64_t keeper_start_ns;    /* start of this process since boot */
+    uint8_t boot_id[16];         /* of the kernel */
     uint32_t chunk_count;        /* descriptors, rounded up to a multiple of 64 */
     uint32_t lease_slots;        /* a session, multiple of 512 */
     uint32_t event_count;        /* rounded up to a power of two */

@@ -279,8 +279,10 @@ int cn_link(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r
     struct cn_hash h = cn_hash_key(k->catalog.hash_seed, r->ns_slot, &key);
     uint32_t present;
     uint64_t word;
-    if (cn_index_find(&k->catalog, h, r->ns_slot, &key, &present, &word))
+    if (cn_index_find(&k->catalog, h, r->ns_slot, &key, &present, &word)) {
+        cn_policy_touch(k, present);
         return refuse_commit(k, d, &k->count.duplicates, CN_OK);
+    }
     if (!cn_index_room(&k->catalog, h) || !quota_allows(k, r->ns_slot, cn_extent_bytes(k, d)))
         return refuse_commit(k, d, &k->count.refused, CN_ELIMIT);
 
@@ -290,7 +292,7 @@ int cn_link(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r
     for (uint32_t i = 0; i < 4; i++)
         cn_store_relaxed(&chunk->key[i], r->key[i]);
     cn_store_relaxed(&chunk->size_crc, (uint64_t)r->crc32c << 32 | r->data_bytes);
-    cn_store_relaxed(&chunk->place, cn_place(region, r->ns_slot, 0));
+    cn_store_relaxed(&chunk->place, cn_place(region, r->ns_slot, s->idx));
     uint32_t parent = parent_from(k, r);
     fill_cold(k, s, r, d, parent);
     cn_chunk_publish(k, d, gen, CN_LIVE, flags_of(r)); /* crash after it: LIVE, unlinked; recovery links it */

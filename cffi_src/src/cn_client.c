@@ -2,12 +2,12 @@
 /* Attach and detach: mapping what the daemon sent, checking all of it before any use (I4). */
 #include "cn_arena.h"
 #include "cn_client.h"
+#include "cn_region.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #ifndef MADV_WIPEONFORK
@@ -20,21 +20,18 @@ static int sys_error(int *ret_errno)
     return CN_ESYS;
 }
 
-/* Map all of fd; DONTFORK, so that a child has neither the mapping nor the liveness lock (I13). */
+/* All of fd, DONTFORK: a child has neither the mapping nor the liveness lock (I13). */
 static int map_object(int fd, uint64_t bytes, bool writable, struct cn_mapping *ret_map,
                       int *ret_errno)
 {
-    struct stat st;
-    if (fstat(fd, &st) != 0)
-        return sys_error(ret_errno);
-    if (S_ISREG(st.st_mode) && (uint64_t)st.st_size < bytes)
-        return CN_ECORRUPT;
-    void *base = mmap(NULL, bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
-    if (base == MAP_FAILED)
-        return sys_error(ret_errno);
+    struct cn_syserr error = {0};
+    void *base;
+    int status = cn_region_map(fd, bytes, writable ? CN_MAP_WRITABLE : 0, &base, &error);
+    if (status != CN_OK) {
+        *ret_errno = error.err;
+        return status;
+    }
     *ret_map = (struct cn_mapping){base, bytes};
-    if (madvise(base, bytes, MADV_DONTFORK) != 0)
-        return sys_error(ret_errno);
     return CN_OK;
 }
 

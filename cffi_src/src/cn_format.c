@@ -15,47 +15,6 @@ struct areas {
     uint32_t chunk_count, bucket_count, event_count;
 };
 
-static uint64_t fold_in(uint64_t print, uint64_t value)
-{
-    return (print ^ value) * 0x100000001b3ULL; /* FNV-1a over words */
-}
-
-#define FIELD(type, field)                                                                         \
-    print = fold_in(print, offsetof(struct type, field) << 32 | sizeof(((struct type *)0)->field))
-
-uint64_t cn_abi_fingerprint(void)
-{
-    uint64_t print = 0xcbf29ce484222325ULL;
-    const uint64_t sizes[] = {
-        sizeof(struct cn_chunk),        sizeof(struct cn_cold),       sizeof(struct cn_bucket),
-        sizeof(struct cn_region_info),  sizeof(struct cn_counters),   sizeof(struct cn_super),
-        sizeof(struct cn_namespace),    sizeof(struct cn_event),      sizeof(struct cn_session_entry),
-        sizeof(struct cn_session_head), sizeof(struct cn_stock_row),  sizeof(struct cn_record),
-        sizeof(struct cn_completion),   CN_RING_RECORDS,              CN_COMPLETIONS,
-        CN_ACCESS_SLOTS,                CN_STOCK_ROWS,                CN_LAYOUT_VERSION,
-        CN_GRANULE_BYTES,               CN_PAGE_BYTES,
-    };
-    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
-        print = fold_in(print, sizes[i]);
-    FIELD(cn_chunk, word); FIELD(cn_chunk, key); FIELD(cn_chunk, data_off);
-    FIELD(cn_chunk, size_crc); FIELD(cn_chunk, place);
-    FIELD(cn_cold, parent); FIELD(cn_cold, sequence); FIELD(cn_cold, expires_ns);
-    FIELD(cn_cold, position); FIELD(cn_cold, extent_pages); FIELD(cn_cold, meta_bytes);
-    FIELD(cn_super, chunks_off); FIELD(cn_super, regions); FIELD(cn_super, immutable_crc32c);
-    FIELD(cn_super, pool_state); FIELD(cn_super, index_third); FIELD(cn_super, sleeping);
-    FIELD(cn_super, event_head); FIELD(cn_super, counters);
-    FIELD(cn_namespace, id); FIELD(cn_namespace, manifest_bytes); FIELD(cn_namespace, manifest);
-    FIELD(cn_session_entry, nonce); FIELD(cn_session_entry, label);
-    FIELD(cn_event, what); FIELD(cn_event, chunk);
-    FIELD(cn_session_head, lease_high); FIELD(cn_session_head, sub_tail);
-    FIELD(cn_session_head, sub_head); FIELD(cn_session_head, wake_seq);
-    FIELD(cn_session_head, batches);
-    FIELD(cn_record, grant); FIELD(cn_record, key); FIELD(cn_record, parent_key);
-    FIELD(cn_record, data_bytes); FIELD(cn_record, cookie); FIELD(cn_record, arg);
-    FIELD(cn_completion, cookie); FIELD(cn_completion, value);
-    return print;
-}
-
 static uint32_t power_of_two(uint64_t at_least)
 {
     uint64_t n = 1;
@@ -166,6 +125,8 @@ int cn_catalog_format(void *catalog, uint64_t catalog_bytes, const struct cn_for
         super->capacity_bytes += f->regions[i].bytes / CN_GRANULE_BYTES * CN_GRANULE_BYTES;
     }
     super->event_head = 1;
+    super->keeper_start_ns = f->keeper_start_ns;
+    memcpy(super->boot_id, f->boot_id, sizeof(super->boot_id));
     super->magic = CN_MAGIC;
     super->immutable_crc32c = cn_crc32c(0, super, IMMUTABLE_BYTES);
     return CN_OK;

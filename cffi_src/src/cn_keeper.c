@@ -305,7 +305,7 @@ int cn_keeper_create(void *catalog, uint64_t catalog_bytes, void *const *regions
     }
     struct cn_super *super = k->catalog.super;
     super->keeper_pid = (uint64_t)getpid();
-    super->keeper_start_ns = clock_ns(CLOCK_BOOTTIME);
+    cn_store_release(&super->clean, 0); /* before the first change */
     cn_store_release(&super->boot_token, clock_ns(CLOCK_REALTIME) | 1);
     cn_store_release(&super->pool_state, CN_POOL_SERVING);
     *ret_keeper = k;

@@ -212,6 +212,8 @@ void cn_clear_pin(struct cn_keeper *k, uint32_t d);
 void cn_set_crc(struct cn_keeper *k, uint64_t ref, uint32_t crc32c);
 /* Copy an unleased, unpinned chunk to another extent; false when there is none. */
 bool cn_move(struct cn_keeper *k, uint32_t d);
+/* One use: a second writer brought the same key. */
+void cn_policy_touch(struct cn_keeper *k, uint32_t d);
 void cn_policy_drop(struct cn_keeper *k, uint32_t d, bool evicted);
 int cn_timer_add(struct cn_timers *t, uint64_t at_ns, uint64_t ref);
 bool cn_timer_pop(struct cn_timers *t, uint64_t now_ns, uint64_t *ret_ref);

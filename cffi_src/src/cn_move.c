@@ -51,7 +51,7 @@ bool cn_move(struct cn_keeper *k, uint32_t d)
     if (cn_descriptor_fill(k, cn_extent_bytes(k, d), 0, &d2) != CN_OK)
         return false;
     struct cn_chunk *copy = &k->catalog.chunks[d2];
-    if (cn_guarded_copy_out(chunk_bytes(k, d2), chunk_bytes(k, d), cn_extent_bytes(k, d)) != CN_OK) {
+    if (cn_guarded_move(chunk_bytes(k, d2), chunk_bytes(k, d), cn_extent_bytes(k, d)) != CN_OK) {
         cn_free(k, d2);
         return false;
     }

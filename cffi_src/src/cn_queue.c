@@ -74,6 +74,14 @@ void cn_policy_add(struct cn_keeper *k, uint32_t d, bool orphan)
                    (uint32_t)(k->realtime_ns / NS_IN_S));
 }
 
+void cn_policy_touch(struct cn_keeper *k, uint32_t d)
+{
+    struct cn_policy *p = k->domains[k->nodes[d].reserved];
+    uint64_t hash = cn_chunk_hash(k, d).h1;
+    if (k->nodes[d].queue != 0 && p != NULL)
+        p->ops->touch(p, &d, &hash, 1, (uint32_t)(k->realtime_ns / NS_IN_S));
+}
+
 void cn_policy_drop(struct cn_keeper *k, uint32_t d, bool evicted)
 {
     struct cn_policy *p = k->domains[k->nodes[d].reserved];

@@ -59,3 +59,21 @@ def test_a_structure_without_prose_is_an_error(
 
     with pytest.raises(ValueError, match="cn_cold"):
         generator.document()
+
+
+def test_the_fingerprint_covers_every_field(generator: ModuleType, project_root: Path) -> None:
+    """
+    Two builds that differ in any shared field have different fingerprints.
+    """
+    folded = (project_root / "cffi_src/src/cn_abi.c").read_text(encoding="utf-8")
+    ffi = generator.Layout.load().ffi
+    shared = re.findall(r"SIZE\((\w+)\);", folded)
+    missing = [
+        f"{name}.{field}"
+        for name in shared
+        for field, _ in ffi.typeof(f"struct {name}").fields
+        if not field.startswith("reserved") and f"FIELD({name}, {field})" not in folded
+    ]
+
+    assert shared
+    assert [] == missing

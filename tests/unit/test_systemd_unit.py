@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""deploy/systemd/cenoted.service: every directive is explained, and fits the daemon."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cenote.daemon.main import DESCRIPTORS_WANTED, EXIT_USAGE
+
+
+@pytest.fixture
+def unit(project_root: Path) -> Path:
+    """The unit file."""
+    return project_root / "deploy" / "systemd" / "cenoted.service"
+
+
+def test_the_unit_fits_the_daemon(unit: Path) -> None:
+    """
+    It waits for READY=1, starts cenoted, reloads by SIGHUP, and does not try again with a
+    configuration that cannot work.
+    """
+    parsed = configparser.ConfigParser(interpolation=None, strict=True)
+    parsed.optionxform = str  # type: ignore[assignment,method-assign]
+    parsed.read_string(unit.read_text(encoding="utf-8"))
+    service = parsed["Service"]
+
+    assert service["Type"] == "notify"
+    assert Path(service["ExecStart"]).name == "cenoted"
+    assert service["ExecReload"].endswith("-HUP $MAINPID")
+    assert service["RestartPreventExitStatus"] == str(EXIT_USAGE)
+    assert service["LimitNOFILE"] == str(DESCRIPTORS_WANTED)
+    assert service["RuntimeDirectory"] == "cenote"
+    assert service["User"] != "root"
+
+
+def test_each_directive_of_the_service_is_explained(unit: Path) -> None:
+    """
+    Above each block of directives of [Service] stands a comment, but for the list of what is
+    denied, which has one for all.
+    """
+    service = unit.read_text(encoding="utf-8").partition("[Service]\n")[2].partition("[Install]")[0]
+    explained, _, denied = service.partition("# Beneath:")
+    assert denied
+    previous = ""
+    bare = []
+    for line in explained.splitlines():
+        if re.match(r"[A-Z]\w+=", line) and not previous.startswith("#"):
+            bare.append(line)
+        previous = line
+
+    # the second of two directives that one comment explains
+    assert bare == [
+        "NotifyAccess=main",
+        "Group=cenote",
+        "RuntimeDirectoryMode=0755",
+        "RestartSec=1s",
+    ]
+
+
+def test_systemd_understands_the_unit(unit: Path, tmp_path: Path) -> None:
+    """
+    systemd-analyze verify has nothing to say.
+    """
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("systemd-analyze is not installed here")
+    copy = tmp_path / unit.name
+    text = unit.read_text(encoding="utf-8")
+    copy.write_text(text.replace("/usr/local/bin/cenoted", sys.executable))
+    ran = subprocess.run(
+        [analyze, "verify", "--man=no", str(copy)], capture_output=True, text=True, check=False
+    )
+
+    assert (ran.returncode, [x for x in ran.stderr.splitlines() if unit.name in x]) == (0, [])
