@@ -239,6 +239,7 @@ class PoolService:
                 salt=tenant.salt,
                 quota_bytes=tenant.quota_bytes,
                 session=caller.session if writes else None,
+                nonce=caller.nonce,
             )
         except ManifestMismatch as error:
             fields = {key: list(pair) for key, pair in error.fields.items()}

@@ -368,11 +368,12 @@ class PoolHost:
         salt: bytes = b"",
         quota_bytes: int = 0,
         session: int | None = None,
+        nonce: int = 0,
     ) -> tuple[int, bytes]:
         """
         Open or make the namespace of a canonical manifest; return its slot and its id.
 
-        session may commit to it from now on.
+        The session, if it still is the one of that nonce, may commit to it from now on.
 
         Raises:
             ManifestMismatch: *name* is bound to another manifest, or by another tenant (no fields).
@@ -387,18 +388,26 @@ class PoolHost:
         args.quota_bytes = quota_bytes
         args.name, args.manifest, args.manifest_bytes = text, packed, len(manifest)
         args.session = NOBODY if session is None else session
+        args.session_nonce = nonce
         with self._command() as keeper:
             status = _core.lib.cn_keeper_namespace_open(keeper, args)
             if status == _core.lib.CN_EINVAL and name and args.ret_bound_slot:
-                raise self._bound_elsewhere(name, manifest, args.ret_bound_slot)
+                raise self._bound_elsewhere(name, manifest, ident, args.ret_bound_slot)
             check(status, f"open namespace {name!r} of pool {self.name!r}")
         return int(args.ret_slot), ident
 
-    def _bound_elsewhere(self, name: str, given: bytes, slot: int) -> ManifestMismatch:
+    def _bound_elsewhere(self, name: str, given: bytes, ident: bytes, slot: int) -> ManifestMismatch:
         base = _core.ffi.cast("char *", self._catalog) + self._catalog.namespaces_off
         bound = _core.ffi.cast("struct cn_namespace *", base)[slot]
         manifest = bytes(_core.ffi.buffer(bound.manifest, bound.manifest_bytes))
         differing = diff(manifest, given)
+        if bytes(bound.id) == ident:
+            own = _core.ffi.string(bound.name).decode(errors="replace")
+            return ManifestMismatch(
+                f"this namespace of pool {self.name!r} is named {own!r} already, not {name!r}: "
+                f"open it by that name, or without one",
+                {},
+            )
         if not differing:
             return ManifestMismatch(
                 f"the name {name!r} in pool {self.name!r} is another tenant's: choose another one",

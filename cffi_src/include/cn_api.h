@@ -77,8 +77,10 @@ struct cn_namespace_open {
     const uint8_t *manifest;     /* canonical msgpack */
     uint32_t manifest_bytes;
     uint32_t session;            /* this session may commit to it from now on; UINT32_MAX: nobody */
+    uint64_t session_nonce;      /* of that session: its index may have passed to another */
     uint32_t ret_slot;
-    uint32_t ret_bound_slot;     /* CN_EINVAL: the slot whose name this is, with another manifest */
+    uint32_t ret_bound_slot;     /* CN_EINVAL: the slot whose name this is, with another manifest, or
+                                  * the namespace's own slot: it has another name already */
 };
 
 struct cn_session_info {

@@ -12,6 +12,16 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* ThreadSanitizer: gcc says so by a macro, clang by a feature. */
+#if defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define CN_TSAN 1
+#endif
+#endif
+#if defined(__SANITIZE_THREAD__)
+#define CN_TSAN 1
+#endif
+
 _Static_assert(__atomic_always_lock_free(8, 0), "8-byte atomics must be lock-free across processes");
 
 #ifdef CN_MODEL_CHECK
@@ -90,7 +100,7 @@ static inline void cn_store32_relaxed(uint32_t *p, uint32_t v)
  */
 static inline void cn_fence(void)
 {
-#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
+#if defined(__x86_64__) && !defined(CN_TSAN)
     __asm__ volatile("lock; orq $0, (%%rsp)" ::: "memory", "cc");
 #else
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
@@ -129,7 +139,7 @@ static inline bool cn_claim_fenced(uint64_t *p, uint64_t v)
 #else
     uint64_t empty = 0;
     bool claimed = cn_cas(p, &empty, v);
-#if !defined(__x86_64__) || defined(__SANITIZE_THREAD__)
+#if !defined(__x86_64__) || defined(CN_TSAN)
     cn_fence();
 #endif
     return claimed;

@@ -194,8 +194,8 @@ static bool record_is_sound(const struct cn_keeper *k, const struct cn_session *
 static bool quota_allows(struct cn_keeper *k, uint32_t ns, uint64_t bytes)
 {
     const struct cn_namespace *n = &k->catalog.namespaces[ns];
-    if (n->quota_bytes == 0)
-        return true;
+    if (n->quota_bytes == 0 || bytes > n->quota_bytes)
+        return n->quota_bytes == 0;
     for (uint32_t round = 0; round < CN_SHIFT_MAX && n->live_bytes + bytes > n->quota_bytes; round++)
         if (cn_evict_batch(k, ns, n->live_bytes + bytes - n->quota_bytes, CN_BY_QUOTA) == 0)
             break;
@@ -301,7 +301,7 @@ int cn_link(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r
     cn_account_live(k, d, true);
     k->count.commits++;
     if (k->catalog.cold[d].expires_ns != 0)
-        cn_timer_add(&k->timers, k->catalog.cold[d].expires_ns, cn_ref(d, gen));
+        cn_timer_add(k, k->catalog.cold[d].expires_ns, cn_ref(d, gen));
     cn_event_put(k, CN_EVENT_STORED, CN_BY_NONE, d);
     return CN_OK;
 }
@@ -351,7 +351,7 @@ bool cn_set_pin(struct cn_keeper *k, uint32_t d, uint64_t until_ns)
         cn_chunk_publish(k, d, cn_word_gen(word), CN_LIVE, cn_word_flags(word) | CN_CF_PINNED);
     }
     k->catalog.cold[d].pinned_ns = until_ns;
-    cn_timer_add(&k->timers, until_ns, cn_ref(d, cn_word_gen(word)));
+    cn_timer_add(k, until_ns, cn_ref(d, cn_word_gen(word)));
     return true;
 }
 
@@ -364,6 +364,7 @@ void cn_clear_pin(struct cn_keeper *k, uint32_t d)
     count_pin(k, d, false);
     cn_chunk_publish(k, d, cn_word_gen(word), CN_LIVE, cn_word_flags(word) & ~(uint32_t)CN_CF_PINNED);
     cn_policy_add(k, d, false);
+    cn_expire(k, d);
 }
 
 void cn_set_crc(struct cn_keeper *k, uint64_t ref, uint32_t crc32c)

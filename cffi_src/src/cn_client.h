@@ -67,6 +67,8 @@ static inline int cn_usable(const struct cn_client *c)
     return mark == CN_MARK_FORKED ? CN_EFORKED : CN_ECLOSED;
 }
 
+/* CLOCK_MONOTONIC. */
+uint64_t cn_now_ns(void);
 /* Private free list of slots, filled so that low slots come first. */
 void cn_slots_init(struct cn_client *c);
 /* Write one record; waits at most wait_ms for room. Rings the doorbell only if the keeper sleeps. */

@@ -95,6 +95,18 @@ static void namespace_write(struct cn_keeper *k, uint32_t slot, const struct cn_
     k->count.namespaces++;
 }
 
+/* A namespace has one name; ret_bound_slot is its own slot when that is another one. */
+static bool namespace_name(struct cn_keeper *k, uint32_t slot, struct cn_namespace_open *o)
+{
+    struct cn_namespace *n = &k->catalog.namespaces[slot];
+    if (n->name[0] != 0) {
+        o->ret_bound_slot = slot;
+        return false;
+    }
+    strncpy(n->name, o->name, sizeof(n->name) - 1);
+    return true;
+}
+
 static int do_namespace_open(struct cn_keeper *k, void *args)
 {
     struct cn_namespace_open *o = args;
@@ -111,47 +123,69 @@ static int do_namespace_open(struct cn_keeper *k, void *args)
         return CN_ELIMIT;
     if (slot == 0)
         namespace_write(k, slot = free_slot, o);
-    else if (o->name[0] != 0 && k->catalog.namespaces[slot].name[0] == 0)
-        strncpy(k->catalog.namespaces[slot].name, o->name, sizeof(k->catalog.namespaces[0].name) - 1);
-    if (o->session < CN_SESSIONS_MAX && k->sessions[o->session] != NULL)
-        k->sessions[o->session]->allowed[slot / 64] |= 1ull << (slot % 64);
+    else if (o->name[0] != 0 && bound == 0 && !namespace_name(k, slot, o))
+        return CN_EINVAL;
+    struct cn_session *s = o->session < CN_SESSIONS_MAX ? k->sessions[o->session] : NULL;
+    if (s != NULL && s->nonce == o->session_nonce) /* not its successor in the same place */
+        s->allowed[slot / 64] |= 1ull << (slot % 64);
     o->ret_slot = slot;
     return CN_OK;
 }
 
+/* Chunks that were taken out of their queues go into those they belong to now. */
+static void requeue(struct cn_keeper *k)
+{
+    for (uint32_t d = 0; d < k->fresh; d++) {
+        if (k->nodes[d].reserved == CN_DOMAIN_NONE) {
+            k->nodes[d].reserved = 0;
+            cn_policy_add(k, d, false);
+        }
+    }
+}
+
+/* Its chunks move between the queue of all and one of its own, from which its quota evicts. */
+static void requeue_namespace(struct cn_keeper *k, uint32_t slot)
+{
+    for (uint32_t d = 0; d < k->fresh; d++) {
+        if (cn_word_state(cn_chunk_word(k, d)) != CN_LIVE || k->nodes[d].queue == 0 ||
+            cn_place_ns(k->catalog.chunks[d].place) != slot)
+            continue;
+        cn_policy_drop(k, d, false);
+        k->nodes[d].reserved = CN_DOMAIN_NONE;
+    }
+    requeue(k);
+}
+
 struct quota_args { uint32_t slot; uint64_t bytes; };
 
-/* Chunks that are there keep their queue; new ones go to the namespace's own. */
 static int do_namespace_quota(struct cn_keeper *k, void *args)
 {
     const struct quota_args *quota = args;
     if (quota->slot == 0 || quota->slot >= CN_NAMESPACES_MAX ||
         k->catalog.namespaces[quota->slot].word == 0)
         return CN_EMISS;
+    bool own_queue = k->catalog.namespaces[quota->slot].quota_bytes != 0;
     cn_store_relaxed(&k->catalog.namespaces[quota->slot].quota_bytes, quota->bytes);
+    if (own_queue != (quota->bytes != 0))
+        requeue_namespace(k, quota->slot);
     return CN_OK;
 }
 
 /* All resident chunks, in descriptor order, into fresh queues of another policy. */
 static void change_policy(struct cn_keeper *k, const char *name)
 {
-    struct cn_policy *old[CN_DOMAINS_MAX];
-    memcpy(old, k->domains, sizeof(old));
-    memset(k->domains, 0, sizeof(k->domains));
-    uint32_t old_count = k->domain_count;
-    uint32_t ids[CN_DOMAINS_MAX];
-    memcpy(ids, k->domain_list, sizeof(ids));
+    /* All out of the old lists before the first is in a new one: an insert looks at its parent. */
+    for (uint32_t d = 0; d < k->fresh; d++)
+        if (cn_word_state(cn_chunk_word(k, d)) == CN_LIVE && k->nodes[d].queue != 0)
+            k->nodes[d].reserved = CN_DOMAIN_NONE;
+    for (uint32_t i = 0; i < k->domain_count; i++) {
+        cn_policy_destroy(k->domains[k->domain_list[i]]);
+        k->domains[k->domain_list[i]] = NULL;
+    }
     k->domain_count = 0;
     strncpy(k->policy_name, name, sizeof(k->policy_name) - 1);
     k->leaf_first = strcmp(name, cn_policy_name(0)) == 0;
-    for (uint32_t d = 0; d < k->fresh; d++) {
-        if (cn_word_state(cn_chunk_word(k, d)) == CN_LIVE && k->nodes[d].queue != 0) {
-            k->nodes[d] = (struct cn_policy_node){.prev = CN_NONE, .next = CN_NONE};
-            cn_policy_add(k, d, false);
-        }
-    }
-    for (uint32_t i = 0; i < old_count; i++)
-        cn_policy_destroy(old[ids[i]]);
+    requeue(k);
 }
 
 static bool policy_known(const char *name)

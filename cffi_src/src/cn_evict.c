@@ -97,8 +97,8 @@ static struct cn_policy *pick_domain(struct cn_keeper *k, uint32_t ns)
     for (uint32_t i = 0; i < k->domain_count; i++) {
         uint32_t id = k->domain_list[i];
         struct cn_policy *p = k->domains[id];
-        if (p->resident == 0 || (ns != 0 && (id - 1) / CN_BANDS != ns))
-            continue;
+        if (k->domain_skips[id] >= p->resident || (ns != 0 && (id - 1) / CN_BANDS != ns))
+            continue; /* empty, all of it was passed over in this batch, or not asked for */
         uint32_t band = (id - 1) % CN_BANDS;
         uint32_t victim = p->ops->victim(p, now_s(k));
         if (victim == CN_NONE)
@@ -132,6 +132,8 @@ uint64_t cn_evict_batch(struct cn_keeper *k, uint32_t ns, uint64_t want_bytes, u
     if (k->leased_round != k->round)
         cn_scan_leases(k);
     uint32_t skips = VICTIM_SKIPS + k->leased_count;
+    for (uint32_t i = 0; i < k->domain_count; i++)
+        k->domain_skips[k->domain_list[i]] = 0;
     while (k->unlink.count < CN_UNLINK_BATCH && bytes < want_bytes) {
         struct cn_policy *p = pick_domain(k, ns);
         if (p == NULL)
@@ -139,6 +141,7 @@ uint64_t cn_evict_batch(struct cn_keeper *k, uint32_t ns, uint64_t want_bytes, u
         uint32_t d = p->ops->victim(p, now_s(k));
         if (!may_leave(k, d)) {
             p->ops->skip(p, d, now_s(k));
+            k->domain_skips[k->nodes[d].reserved]++;
             if (skips-- == 0)
                 break;
             continue;

@@ -15,7 +15,7 @@
 #include "cn_status.h"
 
 /* The explorer and TSan must see every load of an entry by itself. */
-#if defined(__SSE2__) && !defined(CN_MODEL_CHECK) && !defined(__SANITIZE_THREAD__)
+#if defined(__SSE2__) && !defined(CN_MODEL_CHECK) && !defined(CN_TSAN)
 #define CN_INDEX_SSE2 1
 #include <emmintrin.h>
 #endif

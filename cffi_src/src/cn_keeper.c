@@ -69,20 +69,18 @@ static uint32_t drain_all(struct cn_keeper *k)
 
 static void on_timer(struct cn_keeper *k, uint32_t d)
 {
-    const struct cn_cold *cold = &k->catalog.cold[d];
-    if (cold->pinned_ns != 0 && cold->pinned_ns <= k->realtime_ns)
+    uint64_t pinned_ns = k->catalog.cold[d].pinned_ns;
+    if (pinned_ns != 0 && pinned_ns <= k->realtime_ns)
         cn_clear_pin(k, d);
-    if (cold->expires_ns != 0 && cold->expires_ns <= k->realtime_ns && cold->pinned_ns == 0) {
-        cn_unlink_one(k, d, CN_EVENT_DELETED, CN_BY_TTL);
-        k->count.expirations++;
-    }
+    else
+        cn_expire(k, d);
 }
 
 static uint32_t run_timers(struct cn_keeper *k)
 {
     uint64_t ref;
     uint32_t done = 0;
-    while (done < TIMERS_A_ROUND && cn_timer_pop(&k->timers, k->realtime_ns, &ref)) {
+    while (done < TIMERS_A_ROUND && cn_timer_pop(k, &ref)) {
         uint32_t d = cn_live_of(k, ref);
         if (d != CN_NONE)
             on_timer(k, d);
@@ -264,12 +262,13 @@ static int open_private(struct cn_keeper *k)
     k->nodes = calloc(chunks, sizeof(*k->nodes));
     k->children = calloc(chunks, sizeof(*k->children));
     k->limbo = calloc(chunks, sizeof(*k->limbo));
+    k->timed = calloc(chunks, sizeof(*k->timed));
     k->leased = calloc((chunks + 63) / 64, sizeof(*k->leased));
     k->leased_list = calloc(leases < chunks ? leases : chunks, sizeof(*k->leased_list));
     k->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     k->command_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (k->nodes == NULL || k->children == NULL || k->limbo == NULL || k->leased == NULL ||
-        k->leased_list == NULL)
+    if (k->nodes == NULL || k->children == NULL || k->limbo == NULL || k->timed == NULL ||
+        k->leased == NULL || k->leased_list == NULL)
         return CN_ENOMEM;
     struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data = {.u64 = TAG_COMMAND}};
     if (k->epoll_fd < 0 || k->command_fd < 0 ||
@@ -319,7 +318,8 @@ int cn_keeper_start(struct cn_keeper *k)
     if (k->running)
         return CN_EINVAL;
     sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* the thread is born with all signals blocked */
+    sigdelset(&all, SIGBUS); /* a guarded copy may fault; blocked, that would end the process */
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* the thread is born with all others blocked */
     k->stop = false;
     k->running = true;
     int failed = pthread_create(&k->thread, NULL, keeper_main, k);
@@ -364,6 +364,7 @@ void cn_keeper_destroy(struct cn_keeper *k)
     free(k->nodes);
     free(k->children);
     free(k->limbo);
+    free(k->timed);
     free(k->leased);
     free(k->leased_list);
     free(k->timers.heap);

@@ -26,6 +26,7 @@
 #define CN_ROUND_RECORDS 64u         /* records a ring and round, so that no session starves another */
 #define CN_UNLINK_BATCH 64u          /* victims between two looks at the rings */
 #define CN_DOMAINS_MAX 12289u        /* (namespaces with a quota + 1) x 3 priority bands, + 1 */
+#define CN_DOMAIN_NONE UINT16_MAX    /* in no queue for a moment, while queues are made anew */
 #define CN_BANDS 3u                  /* priority < 0, 0, > 0 */
 #define CN_SHIFT_MAX 64u             /* eviction rounds one WANT may cause before it is refused */
 #define CN_PIN_SHARE 2u              /* pins may hold at most half of the pool */
@@ -128,6 +129,7 @@ struct cn_keeper {
     uint32_t free_head;              /* freed ones, linked through the nodes */
     struct cn_policy *domains[CN_DOMAINS_MAX];
     uint32_t domain_list[CN_DOMAINS_MAX];
+    uint32_t domain_skips[CN_DOMAINS_MAX];   /* candidates of each passed over in this batch */
     uint32_t domain_count;
 
     struct cn_session *sessions[CN_SESSIONS_MAX];
@@ -149,6 +151,7 @@ struct cn_keeper {
     bool leaf_first;                 /* the policy evicts a chunk after those that depend on it */
     bool shrinking;                  /* between the high- and the low-water mark */
     struct cn_timers timers;
+    uint8_t *timed;                  /* scratch of timers_prune(), one a descriptor */
     uint64_t chain_hash[CN_CHAIN_MAX];
     uint32_t chain[CN_CHAIN_MAX];
 
@@ -215,8 +218,12 @@ bool cn_move(struct cn_keeper *k, uint32_t d);
 /* One use: a second writer brought the same key. */
 void cn_policy_touch(struct cn_keeper *k, uint32_t d);
 void cn_policy_drop(struct cn_keeper *k, uint32_t d, bool evicted);
-int cn_timer_add(struct cn_timers *t, uint64_t at_ns, uint64_t ref);
-bool cn_timer_pop(struct cn_timers *t, uint64_t now_ns, uint64_t *ret_ref);
+/* Look at ref at that time (CLOCK_REALTIME); at most two entries a resident chunk are kept (I10). */
+int cn_timer_add(struct cn_keeper *k, uint64_t at_ns, uint64_t ref);
+/* The next reference whose time has come. */
+bool cn_timer_pop(struct cn_keeper *k, uint64_t *ret_ref);
+/* Delete d if its time-to-live is over and no pin holds it. */
+void cn_expire(struct cn_keeper *k, uint32_t d);
 
 /* ---- cn_evict.c -------------------------------------------------------------------------------- */
 

@@ -66,8 +66,8 @@ bool cn_move(struct cn_keeper *k, uint32_t d)
     policy_replace(k, d, d2);
     cn_account_live(k, d2, true);
     cn_account_live(k, d, false);
-    if (k->catalog.cold[d2].expires_ns != 0)
-        cn_timer_add(&k->timers, k->catalog.cold[d2].expires_ns, cn_ref(d2, gen2));
+    if (k->catalog.cold[d2].expires_ns != 0) /* pinned chunks are not moved */
+        cn_timer_add(k, k->catalog.cold[d2].expires_ns, cn_ref(d2, gen2));
     cn_chunk_publish(k, d, cn_word_gen(word), CN_DYING, cn_word_flags(word));
     if (k->unlink.count == CN_UNLINK_BATCH)
         cn_unlink_flush(k);

@@ -62,28 +62,27 @@ static bool take_from_stock(struct cn_client *c, uint64_t extent_bytes, struct c
     return false;
 }
 
-static bool stock_or_refusal(struct cn_client *c, uint64_t want_failed)
-{
-    return cn_load_acquire(&c->head->want_failed) != want_failed;
-}
-
 struct want {
     uint64_t extent_bytes;
     uint64_t failed_before;
 };
 
-static bool want_answered(struct cn_client *c, uint64_t arg)
+static bool stock_there(struct cn_client *c, uint64_t extent_bytes)
 {
-    const struct want *want = (const struct want *)(uintptr_t)arg;
-    if (stock_or_refusal(c, want->failed_before))
-        return true;
-    struct cn_stock_row *row = find_row(c, want->extent_bytes);
+    struct cn_stock_row *row = find_row(c, extent_bytes);
     if (row == NULL)
         return false;
     for (uint32_t i = 0; i < CN_STOCK_SLOTS; i++)
         if (cn_load_relaxed(&row->slot[i]) != 0)
             return true;
     return false;
+}
+
+static bool want_answered(struct cn_client *c, uint64_t arg)
+{
+    const struct want *want = (const struct want *)(uintptr_t)arg;
+    return cn_load_acquire(&c->head->want_failed) != want->failed_before ||
+           stock_there(c, want->extent_bytes);
 }
 
 /* Ask once and wait for the answer. CN_EFULL: the keeper has nothing for us now. */
@@ -98,13 +97,6 @@ static int want_once(struct cn_client *c, uint64_t extent_bytes, struct cn_grant
     if (take_from_stock(c, extent_bytes, ret_grant))
         return CN_OK;
     return status == CN_ETIME ? CN_ETIME : CN_EFULL;
-}
-
-static bool never(struct cn_client *c, uint64_t arg)
-{
-    (void)c;
-    (void)arg;
-    return false;
 }
 
 int cn_reserve(struct cn_client *c, uint64_t data_bytes, uint32_t meta_bytes, uint32_t wait_ms,
@@ -122,13 +114,19 @@ int cn_reserve(struct cn_client *c, uint64_t data_bytes, uint32_t meta_bytes, ui
     uint64_t extent_bytes = extent_for(data_bytes, meta_bytes);
     if (take_from_stock(c, extent_bytes, ret_grant))
         return CN_OK;
-    for (uint32_t waited = 0;; waited += RETRY_MS) {
+    uint64_t deadline_ns = cn_now_ns() + (uint64_t)wait_ms * 1000000u;
+    for (;;) {
         status = want_once(c, extent_bytes, ret_grant);
+        uint64_t now = cn_now_ns();
         if (status == CN_OK || status == CN_ECLOSED)
             return status;
-        if (waited >= wait_ms)
+        if (now >= deadline_ns)
             return CN_EFULL;
-        cn_wait_until(c, never, 0, RETRY_MS);
+        /* Refused: ask again in a moment. Not answered: one question is enough, wait for it. */
+        uint32_t left_ms = (uint32_t)((deadline_ns - now) / 1000000u) + 1;
+        cn_wait_until(c, stock_there, extent_bytes, status == CN_ETIME ? left_ms : RETRY_MS);
+        if (take_from_stock(c, extent_bytes, ret_grant))
+            return CN_OK;
     }
 }
 

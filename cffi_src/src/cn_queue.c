@@ -1,8 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Which queue a chunk is in, and what must happen to it at a time of day. Keeper-private. */
 #include <stdlib.h>
+#include <string.h>
 
 #include "cn_keeper.h"
+
+enum { TIMED_PIN = 1, TIMED_TTL = 2 };
 
 #define NS_IN_S 1000000000ull
 
@@ -99,26 +102,63 @@ static void timer_swap(struct cn_timers *t, uint32_t a, uint32_t b)
     t->heap[b] = held;
 }
 
-int cn_timer_add(struct cn_timers *t, uint64_t at_ns, uint64_t ref)
+static void timer_push(struct cn_timers *t, struct cn_timer timer)
 {
-    if (t->count == t->room) {
-        uint32_t room = t->room == 0 ? 64 : t->room * 2;
-        struct cn_timer *heap = realloc(t->heap, room * sizeof(*heap));
-        if (heap == NULL)
-            return CN_ENOMEM;
-        t->heap = heap;
-        t->room = room;
-    }
     uint32_t i = t->count++;
-    t->heap[i] = (struct cn_timer){at_ns, ref};
+    t->heap[i] = timer;
     for (; i > 0 && t->heap[i].at_ns < t->heap[(i - 1) / 2].at_ns; i = (i - 1) / 2)
         timer_swap(t, i, (i - 1) / 2);
+}
+
+/* Of each resident chunk its time-to-live once and its pin once; all else is stale. */
+static void timers_prune(struct cn_keeper *k)
+{
+    struct cn_timers *t = &k->timers;
+    uint32_t count = t->count;
+    t->count = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t d = cn_live_of(k, t->heap[i].ref);
+        uint64_t at_ns = t->heap[i].at_ns;
+        if (d == CN_NONE)
+            continue;
+        if (at_ns == k->catalog.cold[d].pinned_ns && (k->timed[d] & TIMED_PIN) == 0)
+            k->timed[d] |= TIMED_PIN;
+        else if (at_ns == k->catalog.cold[d].expires_ns && (k->timed[d] & TIMED_TTL) == 0)
+            k->timed[d] |= TIMED_TTL;
+        else
+            continue;
+        timer_push(t, t->heap[i]); /* never past i: what is kept is no more than what was read */
+    }
+    memset(k->timed, 0, k->fresh);
+}
+
+static bool timers_grow(struct cn_timers *t)
+{
+    uint32_t room = t->room == 0 ? 64 : t->room * 2;
+    struct cn_timer *heap = realloc(t->heap, room * sizeof(*heap));
+    if (heap == NULL)
+        return false;
+    t->heap = heap;
+    t->room = room;
+    return true;
+}
+
+int cn_timer_add(struct cn_keeper *k, uint64_t at_ns, uint64_t ref)
+{
+    struct cn_timers *t = &k->timers;
+    if (t->count == t->room) {
+        timers_prune(k);
+        if (t->count * 2 >= t->room && !timers_grow(t) && t->count == t->room)
+            return CN_ENOMEM;
+    }
+    timer_push(t, (struct cn_timer){at_ns, ref});
     return CN_OK;
 }
 
-bool cn_timer_pop(struct cn_timers *t, uint64_t now_ns, uint64_t *ret_ref)
+bool cn_timer_pop(struct cn_keeper *k, uint64_t *ret_ref)
 {
-    if (t->count == 0 || t->heap[0].at_ns > now_ns)
+    struct cn_timers *t = &k->timers;
+    if (t->count == 0 || t->heap[0].at_ns > k->realtime_ns)
         return false;
     *ret_ref = t->heap[0].ref;
     t->heap[0] = t->heap[--t->count];
@@ -132,4 +172,13 @@ bool cn_timer_pop(struct cn_timers *t, uint64_t now_ns, uint64_t *ret_ref)
         timer_swap(t, i, least);
         i = least;
     }
+}
+
+void cn_expire(struct cn_keeper *k, uint32_t d)
+{
+    const struct cn_cold *cold = &k->catalog.cold[d];
+    if (cold->expires_ns == 0 || cold->expires_ns > k->realtime_ns || cold->pinned_ns != 0)
+        return;
+    cn_unlink_one(k, d, CN_EVENT_DELETED, CN_BY_TTL);
+    k->count.expirations++;
 }

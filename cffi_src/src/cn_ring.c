@@ -17,7 +17,7 @@
 #define SPIN_NS 30000u               /* the keeper answers within a few microseconds when awake */
 #define NAP_MS 5u                    /* re-check even if a wake-up was missed with a dead keeper */
 
-static uint64_t now_ns(void)
+uint64_t cn_now_ns(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -44,10 +44,10 @@ static void futex_sleep(struct cn_client *c, uint32_t seen, uint64_t ns)
 static int wait_until(struct cn_client *c, cn_done_fn done, uint64_t arg, uint32_t wait_ms,
                       uint32_t nap_ms)
 {
-    uint64_t start = now_ns();
+    uint64_t start = cn_now_ns();
     uint64_t wait_ns = (uint64_t)wait_ms * 1000000u;
     while (!done(c, arg)) {
-        uint64_t waited = now_ns() - start;
+        uint64_t waited = cn_now_ns() - start;
         if (waited >= wait_ns)
             return CN_ETIME;
         if (waited < SPIN_NS) {
@@ -104,9 +104,9 @@ static bool try_submit(struct cn_client *c, const struct cn_record *record, uint
 int cn_submit(struct cn_client *c, const struct cn_record *record, uint32_t wait_ms)
 {
     uint64_t tail;
-    uint64_t deadline_ns = now_ns() + (uint64_t)wait_ms * 1000000u;
+    uint64_t deadline_ns = cn_now_ns() + (uint64_t)wait_ms * 1000000u;
     while (!try_submit(c, record, &tail)) {
-        uint64_t now = now_ns();
+        uint64_t now = cn_now_ns();
         cn_ring_doorbell(c);
         uint32_t left_ms = now < deadline_ns ? (uint32_t)((deadline_ns - now) / 1000000u) : 0;
         if (cn_wait_until(c, ring_has_room, tail, left_ms) != CN_OK)

@@ -330,10 +330,14 @@ static bool process_gone(const struct cn_session *s)
     return s->pidfd >= 0 && poll(&poll_fd, 1, 0) == 1;
 }
 
-static void close_fd(int fd)
+/* A client may keep the doorbell open: closing ours alone would leave it in the epoll set. */
+static void unwatch(struct cn_keeper *k, int fd)
 {
-    if (fd >= 0)
-        close(fd);
+    if (fd < 0)
+        return;
+    if (k->epoll_fd >= 0)
+        epoll_ctl(k->epoll_fd, EPOLL_CTL_DEL, fd, NULL);
+    close(fd);
 }
 
 void cn_session_end(struct cn_keeper *k, struct cn_session *s)
@@ -355,9 +359,10 @@ void cn_session_end(struct cn_keeper *k, struct cn_session *s)
     k->count.sessions--;
     if (s->liveness_fd >= 0)
         munmap(s->head, s->segment_bytes);
-    close_fd(s->liveness_fd);
-    close_fd(s->doorbell_fd);
-    close_fd(s->pidfd);
+    if (s->liveness_fd >= 0)
+        close(s->liveness_fd);
+    unwatch(k, s->doorbell_fd);
+    unwatch(k, s->pidfd);
     free(s);
     cn_limbo_look(k); /* its leases are gone */
 }
