@@ -109,7 +109,21 @@ def beside(
 
 def report(bench: str, rows: Sequence[Row], **details: Any) -> None:
     """Print the results of a bench as JSON."""
-    print(json.dumps({"bench": bench, "rows": [r.as_json() for r in rows], **details}, indent=1))
+    found = {
+        "bench": bench,
+        "rows": [row.as_json() for row in rows],
+        "runqueue_wait_s": runqueue_wait_s(),
+        **details,
+    }
+    print(json.dumps(found, indent=1))
+
+
+def runqueue_wait_s() -> float | None:
+    """How long this process was ready to run and had no CPU; None where the kernel does not say."""
+    try:
+        return int(Path("/proc/self/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 # ---- timing -------------------------------------------------------------------------------------
@@ -140,14 +154,24 @@ def interleaved(
     return found
 
 
+def cpu_seconds(run: Callable[[], object]) -> float:
+    """
+    How long *run* took of this thread's CPU time: for what never waits, its duration on a CPU of
+    its own, whatever else runs on this machine.
+    """
+    begun = time.thread_time()
+    run()
+    return time.thread_time() - begun
+
+
 def per_call_ns(run: Callable[[], object], calls: int) -> Callable[[], float]:
-    """A contestant: *run* makes so many calls; it says nanoseconds a call."""
-    return lambda: seconds(run) / calls * 1e9
+    """A contestant: *run* makes so many calls that do not wait; it says nanoseconds a call."""
+    return lambda: cpu_seconds(run) / calls * 1e9
 
 
 def throughput(run: Callable[[], object], moved_bytes: int) -> Callable[[], float]:
-    """A contestant: *run* moves so many bytes; it says GB/s."""
-    return lambda: moved_bytes / seconds(run) / 1e9
+    """A contestant: *run* moves so many bytes and does not wait; it says GB/s."""
+    return lambda: moved_bytes / cpu_seconds(run) / 1e9
 
 
 def cpus() -> list[int]:
@@ -269,6 +293,7 @@ class Worker:
     """
 
     def __init__(self, *argv: str, cpu_index: int | None = None) -> None:
+        self._argv = argv
         before = os.sched_getaffinity(0)
         if cpu_index is not None:
             pin(cpu_index)
@@ -292,7 +317,8 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.process.args} ended with status {self.process.wait()}")
+            ended = f"ended with status {self.process.wait()}"
+            raise RuntimeError(f"{' '.join(map(str, self._argv))} {ended}")
         return line.strip()
 
     def close(self) -> None:

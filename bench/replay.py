@@ -30,7 +30,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -45,6 +45,7 @@ from bench.trace import Request, TraceError, generate, read_trace  # noqa: E402
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+Counts: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 POLICIES: Final = ("use-count", "lru", "lfu", "s3-fifo")
 CAPACITY: Final = 10_000
 CLIENTS_MAX: Final = 4
@@ -53,7 +54,15 @@ PAGE_BYTES: Final = 4096
 HIGH_WATER: Final = 0.95  # at most: above it lie the extents granted to writers
 GRANTED_A_CLIENT: Final = 64  # extents a session may have in its stock and in work
 SPARE_DESCRIPTORS: Final = 4096
-DUPLICATE: Final = "duplicates"
+
+
+class Plan(NamedTuple):
+    """What to replay; capacity is in blocks."""
+
+    policy: str
+    capacity: int
+    clients: int
+    block_bytes: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class Run:
     duplicates: int
     refused: int
     contradictions: int
-    by_request: np.ndarray[Any, np.dtype[np.int32]] = dataclasses.field(repr=False)
+    by_request: Counts = dataclasses.field(repr=False)
 
     @property
     def right(self) -> bool:
@@ -131,16 +140,14 @@ class Sizes:
         return cls(size, (capacity + 0.5) * extent / size, size // extent + SPARE_DESCRIPTORS)
 
 
-def _check_mark(stats: dict[str, Any], capacity: int, block_bytes: int) -> None:
-    extent = -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
+def _check_mark(stats: dict[str, Any], plan: Plan) -> None:
+    extent = -(-plan.block_bytes // PAGE_BYTES) * PAGE_BYTES
     marked = int(stats["capacity_bytes"] * stats["high_water"]) // extent
-    if marked != capacity:
-        raise RuntimeError(f"the daemon's high-water mark is {marked} blocks, not {capacity}")
+    if marked != plan.capacity:
+        raise RuntimeError(f"the daemon's high-water mark is {marked} blocks, not {plan.capacity}")
 
 
-def replay(
-    chains: Chains, folder: Path, policy: str, capacity: int, clients: int, block_bytes: int
-) -> Run:
+def replay(chains: Chains, folder: Path, plan: Plan) -> Run:
     """
     One run against a daemon of its own; *folder* has the saved chains.
 
@@ -150,8 +157,8 @@ def replay(
     """
     words = SharedWords(folder)
     words.begin(time.time_ns())
-    sizes = Sizes.of(capacity, block_bytes, clients)
-    flags = ("--policy", policy, "--high-water", f"{sizes.high_water:.15f}")
+    sizes = Sizes.of(plan.capacity, plan.block_bytes, plan.clients)
+    flags = ("--policy", plan.policy, "--high-water", f"{sizes.high_water:.15f}")
     script = str(HERE / "replay_daemon.py")
     with contextlib.ExitStack() as stack:
         stack.callback(words.close)
@@ -165,8 +172,10 @@ def replay(
             )
         )
         pool = stack.enter_context(daemon.connect("admin", "replay"))
-        _check_mark(pool._control("stats", {}, 10.0), capacity, block_bytes)
-        crew = [stack.enter_context(_client(daemon, i, block_bytes)) for i in range(clients)]
+        _check_mark(pool._control("stats", {}, 10.0), plan)
+        crew = [
+            stack.enter_context(_client(daemon, i, plan.block_bytes)) for i in range(plan.clients)
+        ]
         for client in crew:
             client.hear()
         begun = time.perf_counter()
@@ -176,8 +185,23 @@ def replay(
         wall_s = time.perf_counter() - begun
         stats = pool.stats(10.0).raw
         wrong = int(pool._control("audit", {}, 60.0)["wrong"])
-    found = np.max([np.load(folder / f"hits-{i}.npy") for i in range(clients)], axis=0)
-    return _summary(chains, policy, capacity, tallies, wall_s, stats, wrong, found)
+    found = np.max([np.load(folder / f"hits-{i}.npy") for i in range(plan.clients)], axis=0)
+    if (found < 0).any():
+        raise RuntimeError(f"{int((found < 0).sum())} requests were taken and not replayed")
+    half = len(found) // 2
+    return Run(
+        policy=plan.policy,
+        capacity=plan.capacity,
+        hit_rate=_rate(chains, found, 0),
+        hit_rate_test_half=_rate(chains, found, half),
+        wall_s=wall_s,
+        evictions=int(stats["evictions"]),
+        duplicates=int(stats["duplicates"]),
+        refused=int(stats["refused"]),
+        contradictions=wrong,
+        by_request=found,
+        **_speeds(tallies, plan),
+    )
 
 
 def _client(daemon: PrivateDaemon, index: int, block_bytes: int) -> Worker:
@@ -190,45 +214,25 @@ def _client(daemon: PrivateDaemon, index: int, block_bytes: int) -> Worker:
     return Worker(str(HERE / "replay_client.py"), json.dumps(given))
 
 
-def _summary(
-    chains: Chains,
-    policy: str,
-    capacity: int,
-    tallies: Sequence[Tally],
-    wall_s: float,
-    stats: Any,
-    wrong: int,
-    found: np.ndarray[Any, np.dtype[np.int32]],
-) -> Run:
-    total = Tally(
-        **{
-            field.name: sum(getattr(t, field.name) for t in tallies)
-            for field in dataclasses.fields(Tally)
-        }
-    )
-    if (found < 0).any():
-        raise RuntimeError(f"{int((found < 0).sum())} requests were taken and not replayed")
-    lengths = np.diff(chains.first)
-    half = len(lengths) // 2
-    count = len(tallies)  # phases of clients run beside each other
-    block_bytes = total.verified_bytes // max(total.hits, 1)
-    return Run(
-        policy=policy,
-        capacity=capacity,
-        clients=count,
-        hit_rate=100 * float(found.sum()) / max(float(lengths.sum()), 1),
-        hit_rate_test_half=100 * float(found[half:].sum()) / max(float(lengths[half:].sum()), 1),
-        lookups_per_s=total.looked_up * count / max(total.lookup_s, 1e-9),
-        put_gb_per_s=total.put_blocks * block_bytes * count / max(total.put_s, 1e-9) / 1e9,
-        verify_gb_per_s=total.verified_bytes * count / max(total.verify_s, 1e-9) / 1e9,
-        wall_s=wall_s,
-        tally=total,
-        evictions=int(stats["evictions"]),
-        duplicates=int(stats[DUPLICATE]),
-        refused=int(stats["refused"]),
-        contradictions=wrong,
-        by_request=found,
-    )
+def _rate(chains: Chains, found: Counts, since: int) -> float:
+    """Prefix hits in percent of all blocks, from request *since* on."""
+    asked = np.diff(chains.first)[since:].sum()
+    return 100 * float(found[since:].sum()) / max(float(asked), 1.0)
+
+
+def _speeds(tallies: Sequence[Tally], plan: Plan) -> dict[str, Any]:
+    """The clients' tallies as one, and what follows from it."""
+    names = [field.name for field in dataclasses.fields(Tally)]
+    total = Tally(**{name: sum(getattr(t, name) for t in tallies) for name in names})
+    count, tiny_s = len(tallies), 1e-9  # phases of the clients run beside each other
+    put_bytes = total.put_blocks * plan.block_bytes
+    return {
+        "clients": count,
+        "tally": total,
+        "lookups_per_s": total.looked_up * count / max(total.lookup_s, tiny_s),
+        "put_gb_per_s": put_bytes * count / max(total.put_s, tiny_s) / 1e9,
+        "verify_gb_per_s": total.verified_bytes * count / max(total.verify_s, tiny_s) / 1e9,
+    }
 
 
 COLUMNS: Final = (
@@ -308,10 +312,11 @@ def _run_all(chains: Chains, options: argparse.Namespace) -> int:
     runs = []
     asked = itertools.product(options.clients, options.policy, options.capacity)
     for clients, policy, capacity in asked:
+        plan = Plan(policy, capacity, clients, options.block_bytes)
         with tempfile.TemporaryDirectory(prefix="cenote-replay-") as name:
             chains.save(Path(name))
             try:
-                run = replay(chains, Path(name), policy, capacity, clients, options.block_bytes)
+                run = replay(chains, Path(name), plan)
             except (Skipped, RuntimeError) as error:
                 print(f"{policy} at {capacity}: {error}", file=sys.stderr)
                 return 1

@@ -105,7 +105,7 @@ class SharedWords:
 
     def take(self, times_ms: U64Array) -> int | None:
         """Take the next request and advance the clock to its time; None when all are taken."""
-        fcntl.lockf(self._fd, fcntl.LOCK_EX)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
         try:
             number = self._words[1]
             if number >= len(times_ms):
@@ -114,7 +114,7 @@ class SharedWords:
             self._words[0] = self._words[2] + int(times_ms[number]) * 1_000_000
             return number
         finally:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN)
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Unmap the page."""
@@ -209,7 +209,7 @@ class Replayer:
         begun = time.perf_counter()
         for block, chunk in zip(chain[: len(leased)], leased, strict=True):
             with chunk:
-                found = np.frombuffer(chunk, dtype=np.uint64)
+                found = chunk.numpy("uint64")
                 right = self._blocks.holds(int(self._chains.ids[block]), found)
                 tally.wrong_blocks += not right
                 tally.verified_bytes += found.nbytes

@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:  # run as a script, from anywhere
     sys.path.append(str(ROOT))
 
 from bench.replay_client import SharedWords  # noqa: E402  # needs the path above
+
 from cenote._native import _core  # noqa: E402
 from cenote.daemon import config_sources, logs  # noqa: E402
 from cenote.daemon.main import Daemon  # noqa: E402

@@ -129,15 +129,12 @@ class Chunk(_handle.Lease):
         """
         return tensors.tensor_of(self, dtype, shape, copy=copy)
 
-    def copy_to(self, target: Any) -> None:
-        """
-        Copy the bytes into writable, contiguous memory of exactly that length.
+    # copy_to(target) is the C method: copies the bytes into writable, contiguous memory of exactly
+    # that length; ValueError otherwise, or when the chunk was released. Large copies let other
+    # threads run.
 
-        Faster than numpy.copyto for large chunks, and other threads run meanwhile.
-
-        Raises:
-            ValueError: Another length, not contiguous, or the chunk was released.
-        """
+    def _copy_to_other(self, target: Any) -> None:
+        """copy_to() for what exports no plain buffer: tensors, bfloat16 arrays."""
         with self.memory:
             copy_out(self.address, self.nbytes, target)
 

@@ -157,7 +157,7 @@ class _InProcess:
         given = dict(fields or {})
         if op == "namespace":
             slot, namespace_id = host.open_namespace(
-                given["manifest"], given.get("name") or "", session=self._session
+                given["manifest"], given.get("name") or "", session=self._session, nonce=self._nonce
             )
             return {"slot": slot, "namespace_id": namespace_id}
         if op == "stats":

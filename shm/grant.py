@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from cenote._native import _core, _short
+from cenote._native import _core, _lease, _short
 
 from . import errors
 from .handle import KEY_BYTES, Grant, Handle
@@ -238,8 +238,11 @@ def guard_copies() -> None:
     above all, goes to the handler that was there before. More calls change nothing.
     """
     failed = _ffi.new("struct cn_syserr *")
-    status = _lib.cn_guard_install(failed)
-    errors.check(status, "install the SIGBUS handler", errno=failed.err)
+    for lib in (_lib, _short.lib):  # each module links a guard of its own; installs chain
+        errors.check(
+            lib.cn_guard_install(failed), "install the SIGBUS handler", errno=failed.err
+        )
+    _lease.install_guard()
 
 
 def _lib_for(nbytes: int) -> Any:

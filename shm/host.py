@@ -38,7 +38,7 @@ SERVER: Final = f"cenote/{VERSION}"
 SESSIONS_MAX: Final = _core.lib.CN_SESSIONS_MAX
 NO_LIMIT: Final = 2**64 - 1
 NOBODY: Final = 2**32 - 1
-SPIN_US: Final = 50
+SPIN_US: Final = 100
 
 Progress = Callable[[int], None]
 

@@ -5,8 +5,8 @@
  *   bench_arena [extents]             at most so many extents a size; default 1,000,000
  *
  * fill: allocate in order until the region is full. churn: full region, free a random extent and
- * allocate one again (the pair). full: the refusal. drain: free all in random order. mixed: sizes from
- * 4 KiB to 1 MiB drawn at random, half of the extents live. Medians over rounds.
+ * allocate one again (the pair). full: the refusal. drain: free all in random order. mixed: sizes
+ * from 4 KiB to 1 MiB drawn at random, half of the extents live. Medians over rounds.
  */
 #include <inttypes.h>
 #include <stdint.h>

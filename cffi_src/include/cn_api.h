@@ -12,18 +12,18 @@
 struct cn_client;
 struct cn_keeper;
 
-/* ---- format ------------------------------------------------------------------------------- */
+/* ---- format --------------------------------------------------------------- */
 
 struct cn_format {
     const char *pool_name;
     uint8_t pool_id[16];
     uint64_t hash_seed[2];
-    uint64_t created_ns;         /* CLOCK_REALTIME, for people */
-    uint64_t keeper_start_ns;    /* start of this process since boot */
-    uint8_t boot_id[16];         /* of the kernel */
-    uint32_t chunk_count;        /* descriptors, rounded up to a multiple of 64 */
-    uint32_t lease_slots;        /* a session, multiple of 512 */
-    uint32_t event_count;        /* rounded up to a power of two */
+    uint64_t created_ns;      /* CLOCK_REALTIME, for people */
+    uint64_t keeper_start_ns; /* start of this process since boot */
+    uint8_t boot_id[16];      /* of the kernel */
+    uint32_t chunk_count;     /* descriptors, rounded up to a multiple of 64 */
+    uint32_t lease_slots;     /* a session, multiple of 512 */
+    uint32_t event_count;     /* rounded up to a power of two */
     uint32_t region_count;
     struct cn_region_info regions[16];
 };
@@ -38,29 +38,30 @@ int cn_catalog_format(void *catalog, uint64_t catalog_bytes, const struct cn_for
 int cn_catalog_check(const void *catalog, uint64_t catalog_bytes);
 uint64_t cn_session_segment_bytes(uint32_t lease_slots);
 
-/* ---- keeper ------------------------------------------------------------------------------- */
+/* ---- keeper --------------------------------------------------------------- */
 
 /* Live-changeable. high_water is a share of all region bytes, low_water a share of that. */
 struct cn_keeper_config {
     double high_water;
     double low_water;
     const char *policy;
-    uint32_t spin_us;            /* how long the keeper polls before it sleeps */
+    uint32_t spin_us; /* how long the keeper polls before it sleeps */
     uint32_t reserved;
 };
 
 /* On CN_OK the keeper owns segment (it unmaps it) and the descriptors (it closes them). */
 struct cn_session_open {
-    void *segment;               /* mapped writable, cn_session_segment_bytes() long, zeroed */
+    void *segment; /* mapped writable, cn_session_segment_bytes() long, zeroed */
     uint64_t segment_bytes;
-    int32_t liveness_fd;         /* the keeper's own description of the segment: flock free = dead */
-    int32_t doorbell_fd;         /* eventfd */
-    int32_t pidfd;               /* -1 when the client gave none */
+    /* the keeper's own description of the segment: flock free = dead */
+    int32_t liveness_fd;
+    int32_t doorbell_fd; /* eventfd */
+    int32_t pidfd;       /* -1 when the client gave none */
     uint32_t role;
     uint32_t pid;
     uint32_t uid;
     uint32_t gid;
-    uint32_t internal;           /* 1: the daemon's own session (checksums) */
+    uint32_t internal; /* 1: the daemon's own session (checksums) */
     uint64_t start_ns;
     uint64_t lease_limit_bytes;
     const char *label;
@@ -73,14 +74,15 @@ struct cn_namespace_open {
     uint8_t id[32];
     uint64_t tenant;
     uint64_t quota_bytes;
-    const char *name;            /* "" = unnamed */
-    const uint8_t *manifest;     /* canonical msgpack */
+    const char *name;        /* "" = unnamed */
+    const uint8_t *manifest; /* canonical msgpack */
     uint32_t manifest_bytes;
-    uint32_t session;            /* this session may commit to it from now on; UINT32_MAX: nobody */
-    uint64_t session_nonce;      /* of that session: its index may have passed to another */
+    uint32_t session;       /* this session may commit to it from now on; UINT32_MAX: nobody */
+    uint64_t session_nonce; /* of that session: its index may have passed to another */
     uint32_t ret_slot;
-    uint32_t ret_bound_slot;     /* CN_EINVAL: the slot whose name this is, with another manifest, or
-                                  * the namespace's own slot: it has another name already */
+    /* CN_EINVAL: the slot whose name this is, with another manifest, or the namespace's own slot:
+     * it has another name already */
+    uint32_t ret_bound_slot;
 };
 
 struct cn_session_info {
@@ -88,7 +90,7 @@ struct cn_session_info {
     uint64_t leases;
     uint64_t leased_bytes;
     uint64_t granted_bytes;
-    uint64_t limbo_chunks;       /* chunks that would be free but for this session's leases */
+    uint64_t limbo_chunks; /* chunks that would be free but for this session's leases */
     uint64_t hits;
     uint64_t misses;
     uint64_t lease_refused;
@@ -127,42 +129,44 @@ int cn_keeper_clear(struct cn_keeper *keeper, uint64_t *ret_dropped);
 /* No more hits, for ever: clients see misses, then reconnect. */
 int cn_keeper_retire(struct cn_keeper *keeper);
 /* For replaying recorded time: recency, expiry and events go by *now_ns (as CLOCK_REALTIME, 8-byte
- * aligned, never going back), which anybody may advance while the keeper runs. NULL: the real clock.
+ * aligned, never going back), which anybody may advance while the keeper runs. NULL: the real
+ * clock.
  * *now_ns outlives the keeper. Waiting and the death of sessions go by the real clock always. */
 int cn_keeper_set_clock(struct cn_keeper *keeper, const uint64_t *now_ns);
-/* Walk every table and count contradictions between descriptors, index, arena, queues: 0 is right. */
+/* Walk every table and count contradictions between descriptors, index, arena, queues: 0 is
+ * right. */
 int cn_keeper_audit(struct cn_keeper *keeper, uint64_t *ret_wrong);
 
-/* ---- client ------------------------------------------------------------------------------- */
+/* ---- client --------------------------------------------------------------- */
 
 struct cn_attach {
-    int32_t catalog_fd;          /* every descriptor stays the caller's: close it after the call */
+    int32_t catalog_fd; /* every descriptor stays the caller's: close it after the call */
     int32_t session_fd;
-    int32_t doorbell_fd;         /* duplicated */
+    int32_t doorbell_fd; /* duplicated */
     uint32_t region_count;
     int32_t region_ro_fd[16];
-    int32_t region_rw_fd[16];    /* -1 for a reader */
+    int32_t region_rw_fd[16]; /* -1 for a reader */
     uint64_t catalog_bytes;
 };
 
 struct cn_view {
     void *data;
     uint64_t bytes;
-    uint64_t ref;                /* descriptor:32 (low) | generation:32 */
+    uint64_t ref; /* descriptor:32 (low) | generation:32 */
     uint32_t slot;
-    uint32_t flags;              /* of the chunk's word when it was leased */
+    uint32_t flags; /* of the chunk's word when it was leased */
 };
 
 struct cn_grant {
-    void *data;                  /* writable, extent_bytes long */
+    void *data; /* writable, extent_bytes long */
     uint64_t ref;
     uint64_t extent_bytes;
 };
 
 struct cn_put {
-    uint64_t ref;                /* of the grant */
+    uint64_t ref; /* of the grant */
     const uint8_t *key;
-    const uint8_t *parent_key;   /* NULL: none */
+    const uint8_t *parent_key; /* NULL: none */
     uint64_t data_bytes;
     uint32_t ns_slot;
     uint32_t meta_bytes;
@@ -170,7 +174,7 @@ struct cn_put {
     uint32_t ttl_s;
     uint32_t crc32c;
     int32_t priority;
-    uint32_t flags;              /* enum cn_record_flag */
+    uint32_t flags; /* enum cn_record_flag */
     uint32_t reserved;
 };
 
@@ -209,8 +213,8 @@ int cn_view_meta(const struct cn_client *client, const struct cn_view *view, con
 int cn_view_verify(const struct cn_client *client, const struct cn_view *view);
 
 /* An extent for data_bytes + meta_bytes from the stock, waiting at most wait_ms for the keeper. */
-int cn_reserve(struct cn_client *client, uint64_t data_bytes, uint32_t meta_bytes,
-               uint32_t wait_ms, struct cn_grant *ret_grant);
+int cn_reserve(struct cn_client *client, uint64_t data_bytes, uint32_t meta_bytes, uint32_t wait_ms,
+               struct cn_grant *ret_grant);
 /* Writes one ring record; no reply. On CN_OK the grant is used up, whatever the keeper makes of the
  * record; on an error it is still the caller's, to try again or abort. */
 int cn_commit(struct cn_client *client, const struct cn_put *put, uint32_t wait_ms);
@@ -241,10 +245,11 @@ int cn_flush(struct cn_client *client, uint32_t wait_ms);
 /* Submit op for each key and wait for the answers; *ret_done counts those that took effect. */
 int cn_keys_op(struct cn_client *client, uint32_t op, uint32_t ns_slot, const uint8_t *keys,
                uint32_t key_count, uint64_t arg, uint32_t wait_ms, uint32_t *ret_done);
-/* The daemon's own session: report the CRC of a leased chunk (CN_OP_CRC) or its loss (CN_OP_LOST). */
+/* The daemon's own session: report the CRC of a leased chunk (CN_OP_CRC) or its loss
+ * (CN_OP_LOST). */
 int cn_report(struct cn_client *client, uint32_t op, uint64_t ref, uint32_t crc32c);
 
-/* ---- inspection: catalog mapped read-only ---------------------------------------------------- */
+/* ---- inspection: catalog mapped read-only --------------------------------- */
 
 /* Where key is: CN_OK and *ret_d, or CN_EMISS. */
 int cn_find(const void *catalog, uint32_t ns_slot, const uint8_t *key, uint32_t *ret_d);
@@ -257,7 +262,7 @@ int cn_events_read(const void *catalog, uint64_t *sequence, uint32_t max,
 /* Sleep until an event may be there, at most wait_ms. */
 int cn_events_wait(struct cn_client *client, uint64_t sequence, uint32_t wait_ms);
 
-/* ---- bytes ---------------------------------------------------------------------------------- */
+/* ---- bytes ---------------------------------------------------------------- */
 
 uint32_t cn_crc32c(uint32_t crc, const void *data, size_t bytes);
 void cn_copy_in(void *dst, const void *src, size_t bytes);

@@ -54,9 +54,9 @@ int cn_region_unmap(void *addr, uint64_t bytes, struct cn_syserr *reterr_sys);
  * Give every page of a writable mapping its memory now; contents stay as they are. addr is
  * page-aligned. Any number of threads may populate one mapping, others may use it meanwhile.
  *
- * CN_OK, CN_EINVAL (misaligned), or CN_ESYS with ENOMEM (no memory), EFAULT (the object ends before,
- * its file system or the huge pages are full), EHWPOISON. Never a SIGBUS, except where the kernel
- * is older than 5.14 and another handler took the place of the guard.
+ * CN_OK, CN_EINVAL (misaligned), or CN_ESYS with ENOMEM (no memory), EFAULT (the object ends
+ * before, its file system or the huge pages are full), EHWPOISON. Never a SIGBUS, except where the
+ * kernel is older than 5.14 and another handler took the place of the guard.
  */
 int cn_region_populate(void *addr, uint64_t bytes, struct cn_syserr *reterr_sys);
 
@@ -83,8 +83,9 @@ int cn_guarded_crc32c(uint32_t crc, const void *src, uint64_t bytes, uint32_t *r
 /*
  * The NUMA node that holds the page at addr; a page that has no memory yet gets it by this call.
  *
- * CN_OK with *ret_known = 1, or with node 0 and *ret_known = 0 where the kernel has no answer (built
- * without NUMA, or the system call is forbidden, as in containers). CN_ESYS: EFAULT, not mapped.
+ * CN_OK with *ret_known = 1, or with node 0 and *ret_known = 0 where the kernel has no answer
+ * (built without NUMA, or the system call is forbidden, as in containers). CN_ESYS: EFAULT, not
+ * mapped.
  */
 int cn_numa_node_of(const void *addr, int32_t *ret_node, int32_t *ret_known,
                     struct cn_syserr *reterr_sys);

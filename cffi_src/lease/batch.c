@@ -30,10 +30,7 @@ static PyObject *batch_release(PyObject *object, PyObject *ignored)
     Py_RETURN_NONE;
 }
 
-static Py_ssize_t batch_length(PyObject *object)
-{
-    return ((Batch *)object)->count;
-}
+static Py_ssize_t batch_length(PyObject *object) { return ((Batch *)object)->count; }
 
 enum batch_field { BATCH_ADDRESSES, BATCH_LENGTHS, BATCH_REFS };
 
@@ -105,6 +102,9 @@ static PyType_Slot batch_slots[] = {
 };
 
 PyType_Spec cn_batch_spec = {
-    "cenote._native._lease.Batch", sizeof(Batch), 0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, batch_slots,
+    "cenote._native._lease.Batch",
+    sizeof(Batch),
+    0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    batch_slots,
 };

@@ -27,6 +27,8 @@ PyObject *cn_raise_status(int status)
     case CN_ECORRUPT:
         return raise_named("Corrupt", "the pool's shared memory holds nonsense; the chunk is not "
                                       "served. Run `cenote status` and restart the daemon");
+    case CN_ELOST:
+        return raise_named("ChunkLost", "the memory under the chunk is gone; compute it again");
     case CN_ELIMIT:
         return PyErr_Format(PyExc_ValueError, "more than %d keys in one call",
                             CN_KEYS_PER_CALL_MAX);

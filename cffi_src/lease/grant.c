@@ -7,7 +7,8 @@ static int grant_getbuffer(PyObject *object, Py_buffer *buffer, int flags)
     Grant *self = (Grant *)object;
     if (self->closed) {
         buffer->obj = NULL;
-        PyErr_SetString(PyExc_ValueError, "the chunk was committed or aborted; its memory has ended");
+        PyErr_SetString(PyExc_ValueError,
+                        "the chunk was committed or aborted; its memory has ended");
         return -1;
     }
     int failed = PyBuffer_FillInfo(buffer, object, self->data, self->bytes, 0, flags);
@@ -36,9 +37,10 @@ static PyObject *grant_close(PyObject *object, PyObject *ignored)
     Grant *self = (Grant *)object;
     (void)ignored;
     if (self->exports > 0)
-        return PyErr_Format(PyExc_BufferError,
-                            "%zd view(s) of the chunk's memory are alive; delete them before commit",
-                            self->exports);
+        return PyErr_Format(
+            PyExc_BufferError,
+            "%zd view(s) of the chunk's memory are alive; delete them before commit",
+            self->exports);
     self->closed = 1;
     Py_RETURN_NONE;
 }

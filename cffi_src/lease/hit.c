@@ -179,7 +179,8 @@ static PyObject *client_match(PyObject *object, PyObject *const *args, Py_ssize_
     return status == CN_OK ? PyLong_FromUnsignedLong(count) : cn_raise_status(status);
 }
 
-/* The longest present prefix, leased; views are the caller's to free. NULL with an exception set. */
+/* The longest present prefix, leased; views are the caller's to free. NULL with an exception
+ * set. */
 static struct cn_view *lease_prefix(Client *self, uint32_t slot, PyObject *object,
                                     uint32_t *ret_count)
 {
@@ -189,8 +190,8 @@ static struct cn_view *lease_prefix(Client *self, uint32_t slot, PyObject *objec
     struct cn_view *views = PyMem_Malloc(sizeof(*views) * (size_t)(keys.count + 1));
     int status = CN_ENOMEM;
     if (views != NULL)
-        status = cn_lease_many(self->client, slot, keys.bytes, (uint32_t)keys.count, views,
-                               ret_count);
+        status =
+            cn_lease_many(self->client, slot, keys.bytes, (uint32_t)keys.count, views, ret_count);
     keys_close(&keys);
     if (status == CN_OK)
         return views;

@@ -1,6 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Lease: one leased chunk, a read-only buffer in the pool. */
+#include <errno.h>
+
+#include "cn_region.h"
 #include "lease.h"
+
+/* Giving the GIL up for less costs more than the copy. */
+#define KEEP_GIL_BELOW_BYTES (256u * 1024)
 
 static void lease_end(Lease *self)
 {
@@ -19,8 +25,8 @@ static int lease_getbuffer(PyObject *object, Py_buffer *buffer, int flags)
         PyErr_SetString(PyExc_ValueError, "the chunk was released");
         return -1;
     }
-    int failed = PyBuffer_FillInfo(buffer, object, self->view.data, (Py_ssize_t)self->view.bytes, 1,
-                                   flags);
+    int failed =
+        PyBuffer_FillInfo(buffer, object, self->view.data, (Py_ssize_t)self->view.bytes, 1, flags);
     if (failed == 0)
         self->exports++;
     return failed;
@@ -139,16 +145,68 @@ static PyObject *lease_verify(PyObject *object, PyObject *ignored)
     if (cn_client_forked(self->client))
         return cn_raise_status(CN_EFORKED);
     self->exports++; /* the bytes stay while the GIL is away */
-    Py_BEGIN_ALLOW_THREADS
-    status = cn_view_verify(self->client, &self->view);
-    Py_END_ALLOW_THREADS
-    lease_releasebuffer(object, NULL);
+    Py_BEGIN_ALLOW_THREADS status = cn_view_verify(self->client, &self->view);
+    Py_END_ALLOW_THREADS lease_releasebuffer(object, NULL);
     if (status == CN_EMISS)
         Py_RETURN_NONE;
     return PyBool_FromLong(status == CN_OK);
 }
 
+/* Copy with the lease held; long copies let other threads run. */
+static int copy_into(Lease *self, void *to)
+{
+    int status;
+    if (self->view.bytes < KEEP_GIL_BELOW_BYTES)
+        return cn_guarded_copy_out(to, self->view.data, self->view.bytes);
+    self->exports++; /* the bytes stay while the GIL is away */
+    Py_BEGIN_ALLOW_THREADS status = cn_guarded_copy_out(to, self->view.data, self->view.bytes);
+    Py_END_ALLOW_THREADS lease_releasebuffer((PyObject *)self, NULL);
+    return status;
+}
+
+/* copy_to(target): plain buffers here; what has none (tensors, bfloat16 arrays) in Python. */
+static PyObject *lease_copy_to(PyObject *object, PyObject *target)
+{
+    Lease *self = (Lease *)object;
+    Py_buffer buffer;
+    if (PyObject_GetBuffer(target, &buffer, PyBUF_WRITABLE) != 0) {
+        PyErr_Clear();
+        return PyObject_CallMethod(object, "_copy_to_other", "O", target);
+    }
+    int status = CN_OK;
+    PyObject *failed = Py_None;
+    if (self->client == NULL || self->dropped)
+        failed = PyErr_Format(PyExc_ValueError, "the chunk was released");
+    else if ((uint64_t)buffer.len != self->view.bytes)
+        failed = PyErr_Format(PyExc_ValueError, "the target has %zd bytes, and the chunk has %llu",
+                              buffer.len, (unsigned long long)self->view.bytes);
+    else if (cn_client_forked(self->client))
+        failed = cn_raise_status(CN_EFORKED);
+    else
+        status = copy_into(self, buffer.buf);
+    PyBuffer_Release(&buffer);
+    if (failed == NULL)
+        return NULL;
+    if (status != CN_OK)
+        return cn_raise_status(status);
+    Py_RETURN_NONE;
+}
+
+/* Turn SIGBUS under copy_to() into ChunkLost, once for the process. */
+PyObject *cn_lease_install_guard(PyObject *module, PyObject *ignored)
+{
+    struct cn_syserr error;
+    (void)module;
+    (void)ignored;
+    if (cn_guard_install(&error) == CN_OK)
+        Py_RETURN_NONE;
+    errno = error.err;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
 static PyMethodDef lease_methods[] = {
+    {"copy_to", lease_copy_to, METH_O,
+     "Copy the bytes into writable, contiguous memory of exactly that length."},
     {"release", lease_release, METH_NOARGS,
      "Drop the chunk's own reference; the lease ends when the last view dies."},
     {"verify", lease_verify, METH_NOARGS,
@@ -159,7 +217,8 @@ static PyMethodDef lease_methods[] = {
 };
 
 static PyGetSetDef lease_getset[] = {
-    {"memory", cn_lease_memory, NULL, "Read-only memoryview of the chunk's bytes, in the pool.", NULL},
+    {"memory", cn_lease_memory, NULL, "Read-only memoryview of the chunk's bytes, in the pool.",
+     NULL},
     {"nbytes", lease_nbytes, NULL, "Length in bytes.", NULL},
     {"ref", lease_ref, NULL, "Descriptor (low 32 bits) and generation.", NULL},
     {"address", lease_address, NULL, "Address of the first byte in this process.", NULL},
@@ -181,6 +240,9 @@ static PyType_Slot lease_slots[] = {
 };
 
 PyType_Spec cn_lease_spec = {
-    "cenote._native._lease.Lease", sizeof(Lease), 0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION, lease_slots,
+    "cenote._native._lease.Lease",
+    sizeof(Lease),
+    0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    lease_slots,
 };

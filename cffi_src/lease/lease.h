@@ -16,25 +16,22 @@
 #include "cn_api.h"
 
 typedef struct {
-    PyObject_HEAD
-    struct cn_client *client;    /* NULL: the lease has ended */
-    PyObject *owner;             /* keeps the mapping */
+    PyObject_HEAD struct cn_client *client; /* NULL: the lease has ended */
+    PyObject *owner;                        /* keeps the mapping */
     struct cn_view view;
-    Py_ssize_t exports;          /* living buffers */
-    char dropped;                /* release() was called: ends with the last buffer */
+    Py_ssize_t exports; /* living buffers */
+    char dropped;       /* release() was called: ends with the last buffer */
 } Lease;
 
 typedef struct {
-    PyObject_HEAD
-    struct cn_client *client;
+    PyObject_HEAD struct cn_client *client;
     PyObject *owner;
     struct cn_view *views;
     Py_ssize_t count;
 } Batch;
 
 typedef struct {
-    PyObject_HEAD
-    PyObject *owner;
+    PyObject_HEAD PyObject *owner;
     void *data;
     Py_ssize_t bytes;
     Py_ssize_t exports;
@@ -42,8 +39,7 @@ typedef struct {
 } Grant;
 
 typedef struct {
-    PyObject_HEAD
-    struct cn_client *client;
+    PyObject_HEAD struct cn_client *client;
     PyObject *owner;
     PyTypeObject *chunk_type;
     allocfunc chunk_alloc;
@@ -60,5 +56,8 @@ PyObject *cn_raise_status(int status);
 /* `__enter__` and `.memory` of every type here: itself, and a memoryview of itself. */
 PyObject *cn_lease_enter(PyObject *object, PyObject *ignored);
 PyObject *cn_lease_memory(PyObject *object, void *ignored);
+
+/* Module function: install the SIGBUS guard of this module's copies. */
+PyObject *cn_lease_install_guard(PyObject *module, PyObject *ignored);
 
 #endif

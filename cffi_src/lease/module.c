@@ -13,7 +13,8 @@ static int add_type(PyObject *module, PyType_Spec *spec, const char *name)
 
 static int module_exec(PyObject *module)
 {
-    if (add_type(module, &cn_lease_spec, "Lease") != 0 || add_type(module, &cn_batch_spec, "Batch") != 0 ||
+    if (add_type(module, &cn_lease_spec, "Lease") != 0 ||
+        add_type(module, &cn_batch_spec, "Batch") != 0 ||
         add_type(module, &cn_grant_spec, "Grant") != 0 ||
         add_type(module, &cn_client_spec, "Client") != 0)
         return -1;
@@ -25,16 +26,20 @@ static PyModuleDef_Slot module_slots[] = {
     {0, NULL},
 };
 
+static PyMethodDef module_methods[] = {
+    {"install_guard", cn_lease_install_guard, METH_NOARGS,
+     "Turn SIGBUS under copy_to() into ChunkLost, once for the process."},
+    {NULL, NULL, 0, NULL},
+};
+
 static struct PyModuleDef module_def = {
     PyModuleDef_HEAD_INIT,
     .m_name = "_lease",
     .m_doc = "Leases as Python objects: the hit path.",
+    .m_methods = module_methods,
     .m_slots = module_slots,
 };
 
 PyMODINIT_FUNC PyInit__lease(void);
 
-PyMODINIT_FUNC PyInit__lease(void)
-{
-    return PyModuleDef_Init(&module_def);
-}
+PyMODINIT_FUNC PyInit__lease(void) { return PyModuleDef_Init(&module_def); }

@@ -3,8 +3,8 @@
  * Slabs and extents of one region: where do the next n bytes go?
  *
  * A region is a row of 2 MiB granules. A slab is a run of granules cut into extents of one exact
- * size, a multiple of 4 KiB. The slab table in the catalog (one word a granule, written here through
- * the callback) is the record from which a successor rebuilds everything else; the rest is
+ * size, a multiple of 4 KiB. The slab table in the catalog (one word a granule, written here
+ * through the callback) is the record from which a successor rebuilds everything else; the rest is
  * keeper-private. A slab changes its size only when empty (I5).
  */
 #ifndef CN_ARENA_H
@@ -13,9 +13,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define CN_GRANULE_BYTES 0x200000u  /* 2 MiB */
+#define CN_GRANULE_BYTES 0x200000u /* 2 MiB */
 #define CN_PAGE_BYTES 4096u
-#define CN_CLASSES_MAX 1024         /* distinct extent sizes in a region at one time (I10) */
+#define CN_CLASSES_MAX 1024 /* distinct extent sizes in a region at one time (I10) */
 
 struct cn_arena;
 
@@ -46,20 +46,20 @@ int cn_arena_adopt_slab(struct cn_arena *a, uint32_t granule, uint64_t word);
 int cn_arena_adopt_extent(struct cn_arena *a, uint64_t off);
 
 /* The window of whole slabs and free granules that is cheapest to empty so that an extent of
- * data_bytes fits: fewest allocated bytes, no slab for which busy(ctx, slab_off, slab_bytes) is true
- * (leased or granted extents). CN_OK and the byte range, or CN_EFULL. O(number of slabs). */
+ * data_bytes fits: fewest allocated bytes, no slab for which busy(ctx, slab_off, slab_bytes) is
+ * true (leased or granted extents). CN_OK and the byte range, or CN_EFULL. O(number of slabs). */
 typedef bool (*cn_slab_busy_fn)(void *ctx, uint64_t slab_off, uint64_t slab_bytes);
 int cn_arena_reclaim_window(const struct cn_arena *a, uint64_t data_bytes, cn_slab_busy_fn busy,
                             void *ctx, uint64_t *ret_off, uint64_t *ret_bytes);
-/* While a window is closed no extent in it is allocated (its chunks are being moved out); opening it
- * again is explicit. One window at a time; give 0, 0 to open. */
+/* While a window is closed no extent in it is allocated (its chunks are being moved out);
+ * opening it again is explicit. One window at a time; give 0, 0 to open. */
 void cn_arena_close_window(struct cn_arena *a, uint64_t off, uint64_t bytes);
 
 struct cn_arena_stats {
     uint64_t region_bytes;
-    uint64_t extent_bytes;          /* allocated, in whole extents */
-    uint64_t slab_bytes;            /* in slabs */
-    uint64_t waste_bytes;           /* tails of slabs that no extent covers */
+    uint64_t extent_bytes; /* allocated, in whole extents */
+    uint64_t slab_bytes;   /* in slabs */
+    uint64_t waste_bytes;  /* tails of slabs that no extent covers */
     uint64_t free_granules;
     uint32_t slab_count;
     uint32_t class_count;

@@ -4,12 +4,13 @@
  *
  * Four arrays are made with the arena and never grow, so that nothing can fail for want of memory
  * later. A page of them is touched only when a granule it describes is used, and used_bits only for
- * slabs of more than 64 extents; others keep theirs in the slab, on the line that is touched anyway:
+ * slabs of more than 64 extents; others keep theirs in the slab, on the line that is touched
+ * anyway:
  *
  *   free_bits   1 bit a granule    in no slab, and not withheld by a closed window
  *   head_of     4 bytes a granule  head granule + 1 of the slab that covers it, 0 = none
  *   slabs       32 bytes a granule the slab whose head this granule is
- *   used_bits   64 bytes a granule 1 bit an extent of the slab that begins there; a slab has no more
+ *   used_bits   64 bytes a granule 1 bit an extent of the slab that begins there; a slab has no
  *                                  extents than its granules have pages, so slabs never overlap here
  *
  * Each class keeps the slabs that have room in a list, the empty ones last: allocation fills slabs

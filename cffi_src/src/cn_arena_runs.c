@@ -3,9 +3,9 @@
  * Runs of free granules: where is the first one that is long enough, and how long should it be?
  *
  * First fit over a bitmap. A hint for each length up to CN_RUN_HINTS says where no search needs to
- * look again; a longer run starts at the hint of the longest. A released run lowers only the hints of
- * the lengths that it, with its free neighbours, can serve, so that a hole of one granule does not
- * send the search for forty over the whole region again.
+ * look again; a longer run starts at the hint of the longest. A released run lowers only the hints
+ * of the lengths that it, with its free neighbours, can serve, so that a hole of one granule does
+ * not send the search for forty over the whole region again.
  */
 #include "cn_arena_internal.h"
 

@@ -22,7 +22,8 @@
 #define CN_TSAN 1
 #endif
 
-_Static_assert(__atomic_always_lock_free(8, 0), "8-byte atomics must be lock-free across processes");
+_Static_assert(__atomic_always_lock_free(8, 0),
+               "8-byte atomics must be lock-free across processes");
 
 #ifdef CN_MODEL_CHECK
 
@@ -112,8 +113,8 @@ static inline void cn_fence_acquire(void) { __atomic_thread_fence(__ATOMIC_ACQUI
 #endif /* CN_MODEL_CHECK */
 
 /*
- * The two fences of acquire x evict, named so that the explorer and the litmus run can delete either
- * and must then find the wrong byte (tests/model, tests/c/test_litmus.c).
+ * The two fences of acquire x evict, named so that the explorer and the litmus run can delete
+ * either and must then find the wrong byte (tests/model, tests/c/test_litmus.c).
  */
 static inline void cn_fence_reader(void)
 {

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Do descriptors, index, arenas, namespaces and counters tell the same story? For tests and `verify`. */
+/* Do descriptors, index, arenas, namespaces and counters tell the same story? For tests and
+ * `verify`. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -40,7 +41,8 @@ static uint64_t audit_descriptor(struct cn_keeper *k, uint32_t d, struct sums *s
     uint32_t found;
     uint64_t word;
     uint32_t ns = cn_place_ns(chunk->place);
-    wrong += !cn_index_find(&k->catalog, cn_chunk_hash(k, d), ns, &key, &found, &word) || found != d;
+    wrong +=
+        !cn_index_find(&k->catalog, cn_chunk_hash(k, d), ns, &key, &found, &word) || found != d;
     return wrong;
 }
 
@@ -54,8 +56,7 @@ static uint64_t audit_index(struct cn_keeper *k)
             uint32_t d = (uint32_t)entry;
             if (entry == 0)
                 continue;
-            wrong += d >= k->catalog.chunk_count ||
-                     cn_word_state(cn_chunk_word(k, d)) != CN_LIVE ||
+            wrong += d >= k->catalog.chunk_count || cn_word_state(cn_chunk_word(k, d)) != CN_LIVE ||
                      cn_hash_tag(cn_chunk_hash(k, d)) != (uint32_t)(entry >> 32);
         }
     }

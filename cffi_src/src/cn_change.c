@@ -37,7 +37,7 @@ uint32_t cn_live_of(const struct cn_keeper *k, uint64_t ref)
     return cn_word_gen(word) == cn_ref_gen(ref) && cn_word_state(word) == CN_LIVE ? d : CN_NONE;
 }
 
-/* ---- descriptors --------------------------------------------------------------------------------- */
+/* ---- descriptors ---------------------------------------------------------- */
 
 static uint32_t descriptor_take(struct cn_keeper *k)
 {
@@ -122,7 +122,8 @@ uint32_t cn_next_gen(const struct cn_keeper *k, uint32_t d)
     return gen == 0 ? 1 : gen;
 }
 
-int cn_grant_one(struct cn_keeper *k, struct cn_session *s, uint64_t extent_bytes, uint64_t *ret_ref)
+int cn_grant_one(struct cn_keeper *k, struct cn_session *s, uint64_t extent_bytes,
+                 uint64_t *ret_ref)
 {
     uint32_t d;
     int status = cn_descriptor_fill(k, extent_bytes, s->idx, &d);
@@ -175,7 +176,7 @@ bool cn_grant_drop(struct cn_keeper *k, struct cn_session *s, uint64_t ref)
     return true;
 }
 
-/* ---- commit ---------------------------------------------------------------------------------------- */
+/* ---- commit --------------------------------------------------------------- */
 
 static bool record_is_sound(const struct cn_keeper *k, const struct cn_session *s,
                             const struct cn_record *r, uint32_t d)
@@ -196,7 +197,8 @@ static bool quota_allows(struct cn_keeper *k, uint32_t ns, uint64_t bytes)
     const struct cn_namespace *n = &k->catalog.namespaces[ns];
     if (n->quota_bytes == 0 || bytes > n->quota_bytes)
         return n->quota_bytes == 0;
-    for (uint32_t round = 0; round < CN_SHIFT_MAX && n->live_bytes + bytes > n->quota_bytes; round++)
+    for (uint32_t round = 0; round < CN_SHIFT_MAX && n->live_bytes + bytes > n->quota_bytes;
+         round++)
         if (cn_evict_batch(k, ns, n->live_bytes + bytes - n->quota_bytes, CN_BY_QUOTA) == 0)
             break;
     return n->live_bytes + bytes <= n->quota_bytes;
@@ -295,7 +297,8 @@ int cn_link(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r
     cn_store_relaxed(&chunk->place, cn_place(region, r->ns_slot, s->idx));
     uint32_t parent = parent_from(k, r);
     fill_cold(k, s, r, d, parent);
-    cn_chunk_publish(k, d, gen, CN_LIVE, flags_of(r)); /* crash after it: LIVE, unlinked; recovery links it */
+    /* crash after it: LIVE, unlinked; recovery links it */
+    cn_chunk_publish(k, d, gen, CN_LIVE, flags_of(r));
     cn_index_insert(&k->catalog, h, d);
     cn_policy_add(k, d, parent == CN_NONE && (r->flags & CN_RF_PARENT) != 0);
     cn_account_live(k, d, true);
@@ -306,7 +309,7 @@ int cn_link(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r
     return CN_OK;
 }
 
-/* ---- leaving --------------------------------------------------------------------------------------- */
+/* ---- leaving -------------------------------------------------------------- */
 
 static void chain_leave(struct cn_keeper *k, uint32_t d)
 {
@@ -362,7 +365,8 @@ void cn_clear_pin(struct cn_keeper *k, uint32_t d)
         return;
     k->catalog.cold[d].pinned_ns = 0;
     count_pin(k, d, false);
-    cn_chunk_publish(k, d, cn_word_gen(word), CN_LIVE, cn_word_flags(word) & ~(uint32_t)CN_CF_PINNED);
+    cn_chunk_publish(k, d, cn_word_gen(word), CN_LIVE,
+                     cn_word_flags(word) & ~(uint32_t)CN_CF_PINNED);
     cn_policy_add(k, d, false);
     cn_expire(k, d);
 }
@@ -379,4 +383,3 @@ void cn_set_crc(struct cn_keeper *k, uint64_t ref, uint32_t crc32c)
     cn_chunk_publish(k, d, cn_word_gen(word), CN_LIVE, flags);
     k->count.verified++;
 }
-

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Attach and detach: mapping what the daemon sent, checking all of it before any use (I4). */
-#include "cn_arena.h"
 #include "cn_client.h"
+#include "cn_arena.h"
 #include "cn_region.h"
 
 #include <errno.h>
@@ -44,8 +44,8 @@ static void unmap(struct cn_mapping *map)
 
 static int make_mark(struct cn_client *c, int *ret_errno)
 {
-    uint64_t *mark = mmap(NULL, CN_PAGE_BYTES, PROT_READ | PROT_WRITE,
-                          MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    uint64_t *mark =
+        mmap(NULL, CN_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mark == MAP_FAILED)
         return sys_error(ret_errno);
     c->mark = mark;
@@ -110,8 +110,7 @@ static int open_private(struct cn_client *c, int doorbell_fd, int *ret_errno)
 
 static int attach(struct cn_client *c, const struct cn_attach *a, int *ret_errno)
 {
-    int status =
-        map_object(a->catalog_fd, a->catalog_bytes, false, &c->catalog_map, ret_errno);
+    int status = map_object(a->catalog_fd, a->catalog_bytes, false, &c->catalog_map, ret_errno);
     if (status == CN_OK)
         status = cn_catalog_open(c->catalog_map.base, a->catalog_bytes, &c->catalog);
     if (status == CN_OK)
@@ -176,20 +175,11 @@ void cn_client_close(struct cn_client *c)
     cn_wake_waiters(c);
 }
 
-bool cn_client_forked(const struct cn_client *c)
-{
-    return cn_is_forked(c);
-}
+bool cn_client_forked(const struct cn_client *c) { return cn_is_forked(c); }
 
-const void *cn_client_catalog(const struct cn_client *c)
-{
-    return c->catalog_map.base;
-}
+const void *cn_client_catalog(const struct cn_client *c) { return c->catalog_map.base; }
 
-const void *cn_client_session(const struct cn_client *c)
-{
-    return c->session_map.base;
-}
+const void *cn_client_session(const struct cn_client *c) { return c->session_map.base; }
 
 uint64_t cn_client_boot_token(const struct cn_client *c)
 {

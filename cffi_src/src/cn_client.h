@@ -14,9 +14,10 @@ struct cn_mapping {
 };
 
 struct cn_client {
-    uint64_t *mark;              /* MADV_WIPEONFORK page: enum cn_mark, zero in a forked child (I13) */
+    /* MADV_WIPEONFORK page: enum cn_mark, zero in a forked child (I13) */
+    uint64_t *mark;
     struct cn_catalog catalog;
-    uint64_t *leases;            /* shared: our lease table */
+    uint64_t *leases; /* shared: our lease table */
     struct cn_session_head *head;
     uint32_t lease_slots;
     uint32_t region_count;
@@ -24,28 +25,28 @@ struct cn_client {
     struct cn_mapping ro[CN_REGIONS_MAX];
     struct cn_mapping rw[CN_REGIONS_MAX];
 
-    uint32_t *slot_next;         /* private: the free list's links */
-    uint64_t *slot_bytes;        /* private: what each slot holds */
+    uint32_t *slot_next;  /* private: the free list's links */
+    uint64_t *slot_bytes; /* private: what each slot holds */
     uint64_t *access_log;
     struct cn_stock_row *stock;
     struct cn_record *sub;
     struct cn_completion *comp;
     int doorbell_fd;
     uint32_t session_idx;
-    uint32_t hot_slots;          /* slots below it are claimed on the lease word itself */
-    uint32_t hot_hint;           /* where a free one was last seen */
+    uint32_t hot_slots; /* slots below it are claimed on the lease word itself */
+    uint32_t hot_hint;  /* where a free one was last seen */
     uint32_t role;
     struct cn_mapping catalog_map;
     struct cn_mapping session_map;
 
     /* Tagged free list of lease slots: tag:32 (high) | slot:32; the tag defeats reuse (1.5). */
     uint64_t free_head __attribute__((aligned(CN_CACHELINE)));
-    bool limited;                /* lease_limit_bytes is less than there is */
-    uint64_t leased_bytes;       /* racy sum; exact recount when it seems too much */
+    bool limited;          /* lease_limit_bytes is less than there is */
+    uint64_t leased_bytes; /* racy sum; exact recount when it seems too much */
     uint64_t access_tail;
 
     pthread_mutex_t sub_lock __attribute__((aligned(CN_CACHELINE))); /* private, never shared */
-    pthread_mutex_t op_lock;     /* one caller at a time reads completions */
+    pthread_mutex_t op_lock; /* one caller at a time reads completions */
     uint64_t sub_tail;
     uint64_t comp_head;
     uint64_t next_cookie;
@@ -71,7 +72,8 @@ static inline int cn_usable(const struct cn_client *c)
 uint64_t cn_now_ns(void);
 /* Private free list of slots, filled so that low slots come first. */
 void cn_slots_init(struct cn_client *c);
-/* Write one record; waits at most wait_ms for room. Rings the doorbell only if the keeper sleeps. */
+/* Write one record; waits at most wait_ms for room. Rings the doorbell only if the keeper
+ * sleeps. */
 int cn_submit(struct cn_client *c, const struct cn_record *record, uint32_t wait_ms);
 void cn_ring_doorbell(struct cn_client *c);
 /* Let every thread that sleeps in this session look again. */

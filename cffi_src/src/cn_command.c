@@ -57,7 +57,8 @@ int cn_call(struct cn_keeper *k, int (*run)(struct cn_keeper *, void *), void *a
 
 static uint32_t namespace_by_name(struct cn_keeper *k, const struct cn_namespace_open *o)
 {
-    for (uint32_t slot = 1; slot < CN_NAMESPACES_MAX && k->catalog.namespaces[slot].word != 0; slot++) {
+    for (uint32_t slot = 1; slot < CN_NAMESPACES_MAX && k->catalog.namespaces[slot].word != 0;
+         slot++) {
         const struct cn_namespace *n = &k->catalog.namespaces[slot];
         if (n->tenant == o->tenant && strncmp(n->name, o->name, sizeof(n->name)) == 0)
             return slot;
@@ -156,7 +157,10 @@ static void requeue_namespace(struct cn_keeper *k, uint32_t slot)
     requeue(k);
 }
 
-struct quota_args { uint32_t slot; uint64_t bytes; };
+struct quota_args {
+    uint32_t slot;
+    uint64_t bytes;
+};
 
 static int do_namespace_quota(struct cn_keeper *k, void *args)
 {
@@ -290,13 +294,10 @@ int cn_keeper_configure(struct cn_keeper *k, const struct cn_keeper_config *conf
     return cn_call(k, cn_do_configure, &copy);
 }
 
-int cn_keeper_fold(struct cn_keeper *k)
-{
-    return cn_call(k, do_fold, NULL);
-}
+int cn_keeper_fold(struct cn_keeper *k) { return cn_call(k, do_fold, NULL); }
 
-int cn_keeper_session_info(struct cn_keeper *k, struct cn_session_info *ret_infos, uint32_t infos_max,
-                           uint32_t *ret_count)
+int cn_keeper_session_info(struct cn_keeper *k, struct cn_session_info *ret_infos,
+                           uint32_t infos_max, uint32_t *ret_count)
 {
     struct cn_info_args args = {ret_infos, infos_max, ret_count};
     return cn_call(k, cn_do_session_info, &args);
@@ -313,10 +314,7 @@ int cn_keeper_clear(struct cn_keeper *k, uint64_t *ret_dropped)
     return cn_call(k, do_clear, ret_dropped);
 }
 
-int cn_keeper_retire(struct cn_keeper *k)
-{
-    return cn_call(k, do_retire, NULL);
-}
+int cn_keeper_retire(struct cn_keeper *k) { return cn_call(k, do_retire, NULL); }
 
 int cn_keeper_audit(struct cn_keeper *k, uint64_t *ret_wrong)
 {

@@ -15,11 +15,11 @@
 #include <stdint.h>
 
 enum cn_isa {
-    CN_ISA_PLAIN = 0,  /* memcpy and the slicing-by-8 table */
-    CN_ISA_SSE42 = 1,  /* SSE2 stores, crc32 and pclmulqdq */
+    CN_ISA_PLAIN = 0, /* memcpy and the slicing-by-8 table */
+    CN_ISA_SSE42 = 1, /* SSE2 stores, crc32 and pclmulqdq */
     CN_ISA_AVX2 = 2,
     CN_ISA_AVX512 = 3,
-    CN_ISA_NEON = 4,   /* ARMv8 with the CRC and PMULL extensions */
+    CN_ISA_NEON = 4, /* ARMv8 with the CRC and PMULL extensions */
     CN_ISA_COUNT = 5
 };
 
@@ -29,6 +29,8 @@ enum cn_isa {
  * From here on so does a copy out of the pool: the caller's buffer is larger than the caches of a
  * core, and copying plus reading it back once costs no more than with cached stores.
  */
+/* Below it the bytes may be cached, and there the C library is several times faster than our loop. */
+#define CN_COPY_OUT_WALK_BYTES ((size_t)2 * 1024 * 1024)
 #define CN_COPY_OUT_NT_BYTES ((size_t)16 * 1024 * 1024)
 
 /* copy and copy_crc32c go into the pool; all four are fenced as said above. */

@@ -35,7 +35,6 @@ bool cn_isa_present(enum cn_isa isa);
 /* How far ahead each of the three streams is prefetched. */
 #define CN_AHEAD_BYTES 2048u
 /* Shorter copies out are the C library's: three streams do not pay before a block or two. */
-#define CN_COPY_WALK_BYTES ((size_t)16 * 1024)
 
 enum cn_store {
     CN_STORE_NONE,   /* sum only */

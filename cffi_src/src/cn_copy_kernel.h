@@ -138,7 +138,7 @@ CN_TARGET static void CN_FN(copy_out)(void *dst, const void *src, size_t bytes)
     if (bytes >= CN_COPY_OUT_NT_BYTES) {
         (void)CN_FN(walk)(0, dst, src, bytes, false, CN_STORE_STREAM);
         CN_STORE_FENCE();
-    } else if (bytes >= CN_COPY_WALK_BYTES) {
+    } else if (bytes >= CN_COPY_OUT_WALK_BYTES) {
         (void)CN_FN(walk)(0, dst, src, bytes, false, CN_STORE_CACHED);
     } else if (bytes > 0) {
         memcpy(dst, src, bytes);

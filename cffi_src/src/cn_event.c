@@ -17,7 +17,8 @@ void cn_event_put(struct cn_keeper *k, uint32_t kind, uint32_t reason, uint32_t 
     for (uint32_t i = 0; i < 4; i++)
         cn_store_relaxed(&event->key[i], chunk == NULL ? 0 : chunk->key[i]);
     if (chunk != NULL)
-        what |= (uint64_t)cn_place_ns(chunk->place) << 16 | (uint64_t)(uint32_t)chunk->size_crc << 32;
+        what |= (uint64_t)cn_place_ns(chunk->place) << 16 | (uint64_t)(uint32_t)chunk->size_crc
+                                                                << 32;
     cn_store_relaxed(&event->what, what);
     cn_store_relaxed(&event->chunk, chunk == NULL ? 0 : cn_ref(d, cn_word_gen(chunk->word)));
     cn_store_release(&event->sequence, sequence);

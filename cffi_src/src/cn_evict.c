@@ -4,9 +4,10 @@
 
 #include "cn_keeper.h"
 
-#define VICTIM_SKIPS 512u            /* candidates passed over in one batch, besides the leased ones */
+/* candidates passed over in one batch, besides the leased ones */
+#define VICTIM_SKIPS 512u
 
-/* ---- the scan ----------------------------------------------------------------------------------- */
+/* ---- the scan ------------------------------------------------------------- */
 
 static void mark_leased(struct cn_keeper *k, uint64_t ref)
 {
@@ -33,7 +34,8 @@ void cn_scan_leases(struct cn_keeper *k)
         if (high > k->catalog.lease_slots)
             high = k->catalog.lease_slots;
         for (uint64_t slot = 0; slot < high; slot++) {
-            uint64_t ref = cn_load_acquire(&s->leases[slot]); /* pairs with clear_slot()'s release */
+            /* pairs with clear_slot()'s release */
+            uint64_t ref = cn_load_acquire(&s->leases[slot]);
             if (ref != 0)
                 mark_leased(k, ref);
         }
@@ -49,7 +51,8 @@ void cn_unlink_flush(struct cn_keeper *k)
 {
     if (k->unlink.count == 0)
         return;
-    cn_fence_keeper(); /* DYING before the scan: pairs with the reader's fence after its publish (I3) */
+    /* DYING before the scan: pairs with the reader's fence after its publish (I3) */
+    cn_fence_keeper();
     cn_scan_leases(k);
     uint32_t n = k->unlink.count;
     k->unlink.count = 0;
@@ -81,7 +84,7 @@ void cn_limbo_look(struct cn_keeper *k)
     k->count.limbo_chunks = kept;
 }
 
-/* ---- victims ------------------------------------------------------------------------------------ */
+/* ---- victims -------------------------------------------------------------- */
 
 static uint32_t now_s(const struct cn_keeper *k)
 {
@@ -150,7 +153,8 @@ uint64_t cn_evict_batch(struct cn_keeper *k, uint32_t ns, uint64_t want_bytes, u
         bytes += cn_extent_bytes(k, d);
         cn_unlink_one(k, d, CN_EVENT_EVICTED, reason);
         k->count.evictions++;
-        cn_store_relaxed(&k->catalog.namespaces[of].evictions, k->catalog.namespaces[of].evictions + 1);
+        cn_store_relaxed(&k->catalog.namespaces[of].evictions,
+                         k->catalog.namespaces[of].evictions + 1);
     }
     cn_unlink_flush(k);
     return bytes;
@@ -169,7 +173,7 @@ bool cn_shrink(struct cn_keeper *k)
     return false;
 }
 
-/* ---- room for one size --------------------------------------------------------------------------- */
+/* ---- room for one size ---------------------------------------------------- */
 
 static bool room_for(struct cn_keeper *k, uint64_t extent_bytes)
 {
@@ -207,9 +211,9 @@ bool cn_make_room(struct cn_keeper *k, uint64_t extent_bytes)
     return room;
 }
 
-/* ---- emptying slabs -------------------------------------------------------------------------------- */
+/* ---- emptying slabs ------------------------------------------------------- */
 
-struct busy_list {                   /* offsets in one region that must not be touched, sorted */
+struct busy_list { /* offsets in one region that must not be touched, sorted */
     uint64_t *off;
     uint32_t count;
 };

@@ -64,8 +64,7 @@ static struct areas areas_of(uint32_t chunk_count, uint32_t event_count, uint64_
     a.index_off = page_up(a.cold_off + (uint64_t)a.chunk_count * sizeof(struct cn_cold));
     a.slabs_off = page_up(a.index_off + (uint64_t)a.bucket_count * sizeof(struct cn_bucket));
     a.namespaces_off = page_up(a.slabs_off + granules * sizeof(uint64_t));
-    a.registry_off =
-        a.namespaces_off + (uint64_t)CN_NAMESPACES_MAX * sizeof(struct cn_namespace);
+    a.registry_off = a.namespaces_off + (uint64_t)CN_NAMESPACES_MAX * sizeof(struct cn_namespace);
     a.events_off =
         page_up(a.registry_off + (uint64_t)CN_SESSIONS_MAX * sizeof(struct cn_session_entry));
     a.end_off = page_up(a.events_off + (uint64_t)a.event_count * sizeof(struct cn_event));
@@ -80,10 +79,7 @@ uint64_t cn_catalog_bytes(const struct cn_format *f)
         .end_off;
 }
 
-uint64_t cn_session_segment_bytes(uint32_t lease_slots)
-{
-    return cn_session_bytes(lease_slots);
-}
+uint64_t cn_session_segment_bytes(uint32_t lease_slots) { return cn_session_bytes(lease_slots); }
 
 int cn_catalog_format(void *catalog, uint64_t catalog_bytes, const struct cn_format *f)
 {

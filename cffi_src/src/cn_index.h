@@ -2,8 +2,8 @@
 /*
  * The index answers: which descriptors may hold this key? See cn_layout.h for its format.
  *
- * A hint. No entry ever moves and every change is one store, so a reader scans at most three buckets
- * whatever the keeper does meanwhile, and a keeper that dies anywhere leaves a valid index.
+ * A hint. No entry ever moves and every change is one store, so a reader scans at most three
+ * buckets whatever the keeper does meanwhile, and a keeper that dies anywhere leaves a valid index.
  */
 #ifndef CN_INDEX_H
 #define CN_INDEX_H
@@ -37,7 +37,8 @@ struct cn_catalog {
     uint32_t lease_slots;
 };
 
-/* CN_OK, CN_EVERSION or CN_ECORRUPT. Nothing in *ret_catalog is used before the check is through. */
+/* CN_OK, CN_EVERSION or CN_ECORRUPT. Nothing in *ret_catalog is used before the check is
+ * through. */
 int cn_catalog_open(void *catalog, uint64_t catalog_bytes, struct cn_catalog *ret_catalog);
 
 struct cn_key {
@@ -45,8 +46,8 @@ struct cn_key {
 };
 
 struct cn_hash {
-    uint64_t h1;                 /* tag from the high half, first bucket from the low half */
-    uint64_t rest;               /* what second and third bucket are mixed from, when needed */
+    uint64_t h1;   /* tag from the high half, first bucket from the low half */
+    uint64_t rest; /* what second and third bucket are mixed from, when needed */
 };
 
 static inline struct cn_key cn_key_of(const uint8_t *bytes)
@@ -64,7 +65,8 @@ static inline uint64_t cn_fold(uint64_t a, uint64_t b)
 
 /* Keys are chosen by clients: mixed with a seed of the pool, and with the namespace (I8). The
  * multiply-and-fold mixer is that of wyhash (Wang Yi, public domain). */
-static inline struct cn_hash cn_hash_key(const uint64_t seed[2], uint32_t ns, const struct cn_key *key)
+static inline struct cn_hash cn_hash_key(const uint64_t seed[2], uint32_t ns,
+                                         const struct cn_key *key)
 {
     uint64_t a = cn_fold(key->word[0] ^ seed[0], key->word[1] ^ 0xa0761d6478bd642fULL);
     uint64_t b = cn_fold(key->word[2] ^ seed[1], key->word[3] ^ ns ^ 0xe7037ed1a0b428dbULL);

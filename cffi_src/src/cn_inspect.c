@@ -49,7 +49,4 @@ int cn_chunk_read(const void *catalog, uint32_t d, struct cn_chunk *ret_chunk,
     return CN_OK;
 }
 
-const char *cn_copy_kernel(void)
-{
-    return cn_copy_best()->name;
-}
+const char *cn_copy_kernel(void) { return cn_copy_best()->name; }

@@ -16,11 +16,11 @@
 #include <unistd.h>
 
 #define TAG_COMMAND UINT64_MAX
-#define LIMBO_LOOK_NS 2000000ull         /* while memory is wanted and readers hold dying chunks */
+#define LIMBO_LOOK_NS 2000000ull /* while memory is wanted and readers hold dying chunks */
 #define TIMERS_A_ROUND 64u
 #define EPOLL_EVENTS 64
 
-/* ---- real system calls --------------------------------------------------------------------------- */
+/* ---- real system calls ---------------------------------------------------- */
 
 static uint64_t clock_ns(clockid_t clock)
 {
@@ -54,7 +54,7 @@ static const struct cn_keeper_ops real_ops = {
     sys_is_dead,
 };
 
-/* ---- rounds ---------------------------------------------------------------------------------------- */
+/* ---- rounds --------------------------------------------------------------- */
 
 static uint32_t drain_all(struct cn_keeper *k)
 {
@@ -90,7 +90,8 @@ static uint32_t run_timers(struct cn_keeper *k)
     return done;
 }
 
-/* Look at the liveness lock of sessions that may be dead. Returns ns until the next look, 0 = none. */
+/* Look at the liveness lock of sessions that may be dead. Returns ns until the next look, 0 =
+ * none. */
 static uint64_t look_for_dead(struct cn_keeper *k)
 {
     uint64_t next = 0;
@@ -154,7 +155,7 @@ int cn_keeper_step(struct cn_keeper *k)
     return (int)done;
 }
 
-/* ---- sleeping --------------------------------------------------------------------------------------- */
+/* ---- sleeping ------------------------------------------------------------- */
 
 static bool anything_to_do(struct cn_keeper *k)
 {
@@ -228,7 +229,7 @@ static void *keeper_main(void *arg)
     return NULL;
 }
 
-/* ---- life ---------------------------------------------------------------------------------------------- */
+/* ---- life ----------------------------------------------------------------- */
 
 static void store_slab(void *ctx, uint32_t granule, uint64_t word)
 {

@@ -23,56 +23,61 @@
 #include "cn_index.h"
 #include "cn_policy.h"
 
-#define CN_ROUND_RECORDS 64u         /* records a ring and round, so that no session starves another */
-#define CN_UNLINK_BATCH 64u          /* victims between two looks at the rings */
-#define CN_DOMAINS_MAX 12289u        /* (namespaces with a quota + 1) x 3 priority bands, + 1 */
-#define CN_DOMAIN_NONE UINT16_MAX    /* in no queue for a moment, while queues are made anew */
-#define CN_BANDS 3u                  /* priority < 0, 0, > 0 */
-#define CN_SHIFT_MAX 64u             /* eviction rounds one WANT may cause before it is refused */
-#define CN_PIN_SHARE 2u              /* pins may hold at most half of the pool */
-#define CN_STOCK_SHARE 64u           /* a session's stock is at most 1/64 of the pool */
+/* records a ring and round, so that no session starves another */
+#define CN_ROUND_RECORDS 64u
+#define CN_UNLINK_BATCH 64u       /* victims between two looks at the rings */
+#define CN_DOMAINS_MAX 12289u     /* (namespaces with a quota + 1) x 3 priority bands, + 1 */
+#define CN_DOMAIN_NONE UINT16_MAX /* in no queue for a moment, while queues are made anew */
+#define CN_BANDS 3u               /* priority < 0, 0, > 0 */
+#define CN_SHIFT_MAX 64u          /* eviction rounds one WANT may cause before it is refused */
+#define CN_PIN_SHARE 2u           /* pins may hold at most half of the pool */
+#define CN_GRANT_SHARE 4u
+#define CN_STOCK_SHARE 64u /* a session's stock is at most 1/64 of the pool */
 #define CN_CHAIN_MAX CN_ACCESS_SLOTS
 
-struct cn_row_state {                /* what the keeper believes of one stock row */
+struct cn_row_state { /* what the keeper believes of one stock row */
     uint64_t extent_bytes;
-    uint32_t target;                 /* extents to keep in it */
-    uint32_t used_round;             /* for replacing the row used longest ago */
+    uint32_t filled;     /* when last looked at; clients only take */
+    uint32_t target;     /* extents to keep in it */
+    uint32_t used_round; /* for replacing the row used longest ago */
 };
 
 struct cn_session {
-    struct cn_session_head *head;    /* client-writable: read once, checked, never trusted (I4) */
+    struct cn_session_head *head; /* client-writable: read once, checked, never trusted (I4) */
     uint64_t *leases;
     struct cn_stock_row *stock;
     struct cn_record *sub;
     struct cn_completion *comp;
     uint64_t *access_log;
     uint64_t segment_bytes;
-    uint64_t sub_head;               /* private: the shared copy is output only */
+    uint64_t sub_head; /* private: the shared copy is output only */
     uint64_t comp_tail;
     uint64_t want_failed;
     uint64_t access_head;
     uint64_t nonce;
     uint64_t granted_bytes;
-    uint64_t op_done;                /* keys that PIN, UNPIN, DELETE took effect on since the last NOP */
-    uint64_t hits, misses;           /* already folded */
-    uint64_t death_check_ns;         /* next look at the liveness lock; 0 = nobody suspects it */
+    /* keys that PIN, UNPIN, DELETE took effect on since the last NOP */
+    uint64_t op_done;
+    uint64_t hits, misses;   /* already folded */
+    uint64_t death_check_ns; /* next look at the liveness lock; 0 = nobody suspects it */
     uint64_t death_period_ns;
     struct cn_row_state rows[CN_STOCK_ROWS];
-    uint64_t allowed[CN_NAMESPACES_MAX / 64];  /* namespaces it may commit to */
-    uint32_t grant_head;             /* its GRANTED descriptors, linked through the policy nodes */
+    uint64_t allowed[CN_NAMESPACES_MAX / 64]; /* namespaces it may commit to */
+    uint32_t grant_head; /* its GRANTED descriptors, linked through the policy nodes */
     uint32_t idx;
     uint32_t role;
     uint32_t internal;
-    bool broken;                     /* its ring made no sense: not read any more, leases still count */
-    bool exited;                     /* its pidfd fired */
-    uint32_t rows_dirty;             /* bit a row: refill it at the end of the round */
+    /* its ring made no sense: not read any more, leases still count */
+    bool broken;
+    bool exited;         /* its pidfd fired */
+    uint32_t rows_dirty; /* bit a row: refill it at the end of the round */
     int liveness_fd;
     int doorbell_fd;
     int pidfd;
 };
 
-struct cn_timer {                    /* time-to-live or end of a pin */
-    uint64_t at_ns;                  /* CLOCK_REALTIME */
+struct cn_timer {   /* time-to-live or end of a pin */
+    uint64_t at_ns; /* CLOCK_REALTIME */
     uint64_t ref;
 };
 
@@ -86,15 +91,15 @@ struct cn_timers {
 struct cn_keeper_ops {
     uint64_t (*realtime_ns)(void);
     uint64_t (*monotonic_ns)(void);
-    void (*wake)(uint32_t *futex);           /* FUTEX_WAKE all; never blocks */
-    bool (*is_dead)(int liveness_fd);        /* flock on our own description */
+    void (*wake)(uint32_t *futex);    /* FUTEX_WAKE all; never blocks */
+    bool (*is_dead)(int liveness_fd); /* flock on our own description */
 };
 
 struct cn_command {
     int (*run)(struct cn_keeper *k, void *args);
     void *args;
     int status;
-    uint32_t done;                   /* futex */
+    uint32_t done; /* futex */
     uint64_t next;
 };
 
@@ -111,7 +116,7 @@ struct cn_slab_ctx {
 
 struct cn_keeper {
     struct cn_catalog catalog;
-    struct cn_counters count;        /* private copy; stored to the catalog as it changes */
+    struct cn_counters count; /* private copy; stored to the catalog as it changes */
     uint8_t *region_base[CN_REGIONS_MAX];
     struct cn_arena *arena[CN_REGIONS_MAX];
     struct cn_slab_ctx slab_ctx[CN_REGIONS_MAX];
@@ -123,46 +128,46 @@ struct cn_keeper {
     uint32_t spin_us;
     char policy_name[32];
 
-    struct cn_policy_node *nodes;    /* one a descriptor; reserved = its domain */
-    uint32_t *children;              /* resident chunks that name it as parent */
-    uint32_t fresh;                  /* descriptors from here on were never used */
-    uint32_t free_head;              /* freed ones, linked through the nodes */
+    struct cn_policy_node *nodes; /* one a descriptor; reserved = its domain */
+    uint32_t *children;           /* resident chunks that name it as parent */
+    uint32_t fresh;               /* descriptors from here on were never used */
+    uint32_t free_head;           /* freed ones, linked through the nodes */
     struct cn_policy *domains[CN_DOMAINS_MAX];
     uint32_t domain_list[CN_DOMAINS_MAX];
-    uint32_t domain_skips[CN_DOMAINS_MAX];   /* candidates of each passed over in this batch */
+    uint32_t domain_skips[CN_DOMAINS_MAX]; /* candidates of each passed over in this batch */
     uint32_t domain_count;
 
     struct cn_session *sessions[CN_SESSIONS_MAX];
-    uint32_t session_list[CN_SESSIONS_MAX];  /* the scan set (I3) */
+    uint32_t session_list[CN_SESSIONS_MAX]; /* the scan set (I3) */
     uint32_t session_count;
-    uint32_t turn;                   /* rotating start of the rounds */
+    uint32_t turn; /* rotating start of the rounds */
     uint64_t next_nonce;
 
     struct cn_unlink unlink;
-    uint32_t *limbo;                 /* DYING and leased when last looked at */
+    uint32_t *limbo; /* DYING and leased when last looked at */
     uint32_t limbo_count;
-    uint64_t *leased;                /* bit a descriptor: named by some table at the last scan */
-    uint32_t *leased_list;           /* the bits that are set */
+    uint64_t *leased;      /* bit a descriptor: named by some table at the last scan */
+    uint32_t *leased_list; /* the bits that are set */
     uint32_t leased_count;
-    uint64_t leased_round;           /* round of the last scan */
+    uint64_t leased_round; /* round of the last scan */
     uint64_t round;
     uint64_t limbo_look_ns;
-    bool wanted;                     /* somebody waits for memory */
-    bool leaf_first;                 /* the policy evicts a chunk after those that depend on it */
-    bool shrinking;                  /* between the high- and the low-water mark */
+    bool wanted;     /* somebody waits for memory */
+    bool leaf_first; /* the policy evicts a chunk after those that depend on it */
+    bool shrinking;  /* between the high- and the low-water mark */
     struct cn_timers timers;
-    uint8_t *timed;                  /* scratch of timers_prune(), one a descriptor */
+    uint8_t *timed; /* scratch of timers_prune(), one a descriptor */
     uint64_t chain_hash[CN_CHAIN_MAX];
     uint32_t chain[CN_CHAIN_MAX];
 
-    uint64_t realtime_ns;            /* of this round */
+    uint64_t realtime_ns; /* of this round */
     uint64_t monotonic_ns;
     struct cn_keeper_ops ops;
-    const uint64_t *clock;           /* instead of ops.realtime_ns(); written by whoever replays */
+    const uint64_t *clock; /* instead of ops.realtime_ns(); written by whoever replays */
     pthread_t thread;
     bool running;
     bool stop;
-    uint64_t commands;               /* Treiber list of struct cn_command, pushed by others */
+    uint64_t commands; /* Treiber list of struct cn_command, pushed by others */
     int epoll_fd;
     int command_fd;
 };
@@ -173,7 +178,7 @@ static inline uint64_t cn_realtime_ns(const struct cn_keeper *k)
     return k->clock == NULL ? k->ops.realtime_ns() : cn_load_relaxed(k->clock);
 }
 
-/* ---- cn_change.c ------------------------------------------------------------------------------- */
+/* ---- cn_change.c ---------------------------------------------------------- */
 
 static inline uint64_t cn_extent_bytes(const struct cn_keeper *k, uint32_t d)
 {
@@ -183,13 +188,14 @@ static inline uint64_t cn_chunk_word(const struct cn_keeper *k, uint32_t d)
 {
     return cn_load_relaxed(&k->catalog.chunks[d].word);
 }
-/* Into the queue of its domain, as just used. orphan: its parent is named but not here, so no prefix
- * leads to it; it goes before everything else. */
+/* Into the queue of its domain, as just used. orphan: its parent is named but not here, so no
+ * prefix leads to it; it goes before everything else. */
 void cn_policy_add(struct cn_keeper *k, uint32_t d, bool orphan);
 struct cn_hash cn_chunk_hash(const struct cn_keeper *k, uint32_t d);
 struct cn_key cn_chunk_key(const struct cn_keeper *k, uint32_t d);
 /* Release: all other fields of the descriptor and its cold record come before it (I5). */
-void cn_chunk_publish(struct cn_keeper *k, uint32_t d, uint32_t gen, uint32_t state, uint32_t flags);
+void cn_chunk_publish(struct cn_keeper *k, uint32_t d, uint32_t gen, uint32_t state,
+                      uint32_t flags);
 /* A descriptor with an extent and its fields, still FREE: the caller publishes it. */
 int cn_descriptor_fill(struct cn_keeper *k, uint64_t extent_bytes, uint32_t owner, uint32_t *ret_d);
 /* The next generation of a FREE descriptor; 0 is no generation. */
@@ -199,7 +205,8 @@ void cn_account_live(struct cn_keeper *k, uint32_t d, bool plus);
 uint32_t cn_live_of(const struct cn_keeper *k, uint64_t ref);
 uint32_t cn_parent_of(void *keeper, uint32_t d);
 /* FREE -> GRANTED for a session. CN_EFULL, CN_ETOOBIG, CN_ELIMIT (no descriptor left). */
-int cn_grant_one(struct cn_keeper *k, struct cn_session *s, uint64_t extent_bytes, uint64_t *ret_ref);
+int cn_grant_one(struct cn_keeper *k, struct cn_session *s, uint64_t extent_bytes,
+                 uint64_t *ret_ref);
 /* GRANTED -> FREE, if ref is a grant of this session: a replay is a silent no-op (I5). */
 bool cn_grant_drop(struct cn_keeper *k, struct cn_session *s, uint64_t ref);
 /* GRANTED -> LIVE. The grant is used up whatever the answer. */
@@ -218,14 +225,15 @@ bool cn_move(struct cn_keeper *k, uint32_t d);
 /* One use: a second writer brought the same key. */
 void cn_policy_touch(struct cn_keeper *k, uint32_t d);
 void cn_policy_drop(struct cn_keeper *k, uint32_t d, bool evicted);
-/* Look at ref at that time (CLOCK_REALTIME); at most two entries a resident chunk are kept (I10). */
+/* Look at ref at that time (CLOCK_REALTIME); at most two entries a resident chunk are kept
+ * (I10). */
 int cn_timer_add(struct cn_keeper *k, uint64_t at_ns, uint64_t ref);
 /* The next reference whose time has come. */
 bool cn_timer_pop(struct cn_keeper *k, uint64_t *ret_ref);
 /* Delete d if its time-to-live is over and no pin holds it. */
 void cn_expire(struct cn_keeper *k, uint32_t d);
 
-/* ---- cn_evict.c -------------------------------------------------------------------------------- */
+/* ---- cn_evict.c ----------------------------------------------------------- */
 
 /* Mark in k->leased what any table names now. */
 void cn_scan_leases(struct cn_keeper *k);
@@ -241,7 +249,7 @@ bool cn_shrink(struct cn_keeper *k);
 /* Room for one extent, by all means; false when nothing can leave now. */
 bool cn_make_room(struct cn_keeper *k, uint64_t extent_bytes);
 
-/* ---- cn_session.c -------------------------------------------------------------------------------- */
+/* ---- cn_session.c --------------------------------------------------------- */
 
 uint32_t cn_session_drain(struct cn_keeper *k, struct cn_session *s, uint32_t records_max);
 void cn_session_read_access(struct cn_keeper *k, struct cn_session *s);
@@ -264,10 +272,17 @@ int cn_call(struct cn_keeper *k, int (*run)(struct cn_keeper *, void *), void *a
 uint32_t cn_run_commands(struct cn_keeper *k);
 int cn_do_configure(struct cn_keeper *k, void *args);
 
-struct cn_hint_args { uint32_t session; uint64_t nonce; };
-struct cn_info_args { struct cn_session_info *infos; uint32_t max; uint32_t *count; };
+struct cn_hint_args {
+    uint32_t session;
+    uint64_t nonce;
+};
+struct cn_info_args {
+    struct cn_session_info *infos;
+    uint32_t max;
+    uint32_t *count;
+};
 
-/* ---- cn_event.c, cn_audit.c ----------------------------------------------------------------------- */
+/* ---- cn_event.c, cn_audit.c ----------------------------------------------- */
 
 void cn_event_put(struct cn_keeper *k, uint32_t kind, uint32_t reason, uint32_t d);
 void cn_counters_store(struct cn_keeper *k);

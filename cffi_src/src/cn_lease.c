@@ -5,18 +5,19 @@
  *   reader: store (d, g) in my table; full fence; load d's word and the pool's state again
  *   keeper: store (g, DYING); clear the index; full fence; load all tables
  *
- * Each side stores before it loads what the other stores, with a full fence between, so at least one
- * of them sees the other (store buffering): the reader lets go, or the keeper waits (I3).
+ * Each side stores before it loads what the other stores, with a full fence between, so at least
+ * one of them sees the other (store buffering): the reader lets go, or the keeper waits (I3).
  */
 #include "cn_client.h"
 
 #define SLOT_NONE UINT32_MAX
 #define HOT_SLOTS 64u
-#define HOT_PROBES 4u                /* claims tried before the free list is asked */
-#define BATCH 256u                   /* keys looked up together, for the prefetches to overlap */
+#define HOT_PROBES 4u /* claims tried before the free list is asked */
+#define BATCH 256u    /* keys looked up together, for the prefetches to overlap */
 
 /*
- * ---- slots ----------------------------------------------------------------------------------------
+ * ---- slots
+ * ----------------------------------------------------------------------------------------
  *
  * Process-private, no mutex: destructors run anywhere, inside other calls and in any thread.
  * The first few slots are claimed by compare-and-swap on the lease word itself: allocation, publish
@@ -32,10 +33,7 @@ void cn_slots_init(struct cn_client *c)
     cn_store_release(&c->head->lease_high, c->hot_slots);
 }
 
-static uint64_t next_head(uint64_t head, uint32_t slot)
-{
-    return ((head >> 32) + 1) << 32 | slot;
-}
+static uint64_t next_head(uint64_t head, uint32_t slot) { return ((head >> 32) + 1) << 32 | slot; }
 
 /* Take up to count slots with one compare-and-swap; returns how many. */
 static uint32_t slots_take(struct cn_client *c, uint32_t count, uint32_t *ret_slots)
@@ -65,7 +63,7 @@ static void slots_put(struct cn_client *c, const uint32_t *slots, uint32_t count
     while (!cn_cas(&c->free_head, &head, next_head(head, slots[0])));
 }
 
-/* ---- one lease --------------------------------------------------------------------------------- */
+/* ---- one lease ------------------------------------------------------------ */
 
 static void publish(struct cn_client *c, uint32_t slot, uint64_t ref)
 {
@@ -101,8 +99,7 @@ static int fill_view(struct cn_client *c, uint64_t ref, uint64_t word, uint32_t 
     uint64_t off = cn_load_relaxed(&chunk->data_off);
     uint64_t bytes = (uint32_t)cn_load_relaxed(&chunk->size_crc);
     uint32_t region = cn_place_region(cn_load_relaxed(&chunk->place));
-    if (region >= c->region_count || off > c->ro[region].bytes ||
-        bytes > c->ro[region].bytes - off)
+    if (region >= c->region_count || off > c->ro[region].bytes || bytes > c->ro[region].bytes - off)
         return CN_ECORRUPT;
     *ret_view = (struct cn_view){
         .data = c->ro[region].base + off,
@@ -295,7 +292,7 @@ void cn_release_many(struct cn_client *c, const struct cn_view *views, uint32_t 
     }
 }
 
-/* ---- batches ------------------------------------------------------------------------------------- */
+/* ---- batches -------------------------------------------------------------- */
 
 struct batch {
     struct cn_key key[BATCH];
@@ -304,8 +301,8 @@ struct batch {
 };
 
 /* Hash all, prefetch buckets, then prefetch the descriptors that the tags suggest. */
-static void batch_prefetch(const struct cn_client *c, uint32_t ns, const uint8_t *keys,
-                           uint32_t n, struct batch *b)
+static void batch_prefetch(const struct cn_client *c, uint32_t ns, const uint8_t *keys, uint32_t n,
+                           struct batch *b)
 {
     const struct cn_catalog *cat = &c->catalog;
     for (uint32_t i = 0; i < n; i++) {
@@ -438,7 +435,7 @@ int cn_lease_many(struct cn_client *c, uint32_t ns_slot, const uint8_t *keys, ui
     return CN_OK;
 }
 
-/* ---- what a view offers besides its bytes ----------------------------------------------------- */
+/* ---- what a view offers besides its bytes --------------------------------- */
 
 int cn_view_meta(const struct cn_client *c, const struct cn_view *view, const void **ret_meta,
                  uint32_t *ret_bytes)

@@ -39,7 +39,8 @@ static void move_cold(struct cn_keeper *k, uint32_t d, uint32_t d2)
     uint32_t pages = k->catalog.cold[d2].extent_pages;
     k->catalog.cold[d2] = k->catalog.cold[d];
     k->catalog.cold[d2].extent_pages = pages;
-    /* Children name d as parent; they keep their place in the queues, only healing stops at them. */
+    /* Children name d as parent; they keep their place in the queues, only healing stops at
+     * them. */
     k->children[d2] = 0;
 }
 
@@ -58,7 +59,8 @@ bool cn_move(struct cn_keeper *k, uint32_t d)
     for (uint32_t i = 0; i < 4; i++)
         cn_store_relaxed(&copy->key[i], chunk->key[i]);
     cn_store_relaxed(&copy->size_crc, chunk->size_crc);
-    cn_store_relaxed(&copy->place, cn_place(cn_place_region(copy->place), cn_place_ns(chunk->place), 0));
+    cn_store_relaxed(&copy->place,
+                     cn_place(cn_place_region(copy->place), cn_place_ns(chunk->place), 0));
     move_cold(k, d, d2);
     uint32_t gen2 = cn_next_gen(k, d2);
     cn_chunk_publish(k, d2, gen2, CN_LIVE, cn_word_flags(word));

@@ -3,8 +3,8 @@
 #include "cn_client.h"
 #include "cn_copy.h"
 
-#define ANSWER_MS 20u                /* for a keeper to answer a WANT, whatever wait_ms says */
-#define RETRY_MS 2u                  /* between two WANTs while the pool is full */
+#define ANSWER_MS 20u /* for a keeper to answer a WANT, whatever wait_ms says */
+#define RETRY_MS 2u   /* between two WANTs while the pool is full */
 
 /* Metadata lies behind the data, on a line of its own. */
 static uint64_t meta_off(uint64_t data_bytes)
@@ -153,7 +153,9 @@ int cn_commit(struct cn_client *c, const struct cn_put *put, uint32_t wait_ms)
     struct cn_record record = {
         .op = CN_OP_COMMIT,
         .flags = (uint8_t)put->flags,
-        .priority = (int8_t)(priority < -128 ? -128 : priority > 127 ? 127 : priority),
+        .priority = (int8_t)(priority < -128  ? -128
+                             : priority > 127 ? 127
+                                              : priority),
         .ns_slot = (uint16_t)put->ns_slot,
         .meta_bytes = (uint16_t)put->meta_bytes,
         .grant = put->ref,
@@ -190,8 +192,8 @@ static int put_one(struct cn_client *c, const struct cn_put_many *args, uint32_t
         .parent_key = i == 0 ? args->parent_key : args->keys + (size_t)(i - 1) * CN_KEY_BYTES,
         .data_bytes = args->data_bytes[i],
         .ns_slot = args->ns_slot,
-        .position = args->position == CN_POSITION_UNKNOWN ? CN_POSITION_UNKNOWN
-                                                          : args->position + i,
+        .position =
+            args->position == CN_POSITION_UNKNOWN ? CN_POSITION_UNKNOWN : args->position + i,
         .ttl_s = args->ttl_s,
         .priority = args->priority,
         .flags = args->flags,

@@ -20,12 +20,9 @@ uint32_t cn_parent_of(void *keeper, uint32_t d)
     return parent;
 }
 
-/* ---- domains: one policy instance for each (quota namespace or the rest) and priority band ------ */
+/* ---- domains: a policy instance for each quota namespace, or the rest, and priority band ---- */
 
-static uint32_t band_of(int8_t priority)
-{
-    return priority < 0 ? 0 : priority == 0 ? 1 : 2;
-}
+static uint32_t band_of(int8_t priority) { return priority < 0 ? 0 : priority == 0 ? 1 : 2; }
 
 static uint32_t capacity_in_chunks(const struct cn_keeper *k)
 {
@@ -36,7 +33,8 @@ static uint32_t capacity_in_chunks(const struct cn_keeper *k)
     return chunks == 0 ? 1 : (uint32_t)chunks;
 }
 
-static struct cn_policy *domain_of(struct cn_keeper *k, uint32_t ns, uint32_t band, uint16_t *ret_id)
+static struct cn_policy *domain_of(struct cn_keeper *k, uint32_t ns, uint32_t band,
+                                   uint16_t *ret_id)
 {
     uint32_t group = k->catalog.namespaces[ns].quota_bytes != 0 ? ns : 0;
     uint32_t id = group * CN_BANDS + band + 1;
@@ -93,7 +91,7 @@ void cn_policy_drop(struct cn_keeper *k, uint32_t d, bool evicted)
     k->nodes[d].reserved = 0;
 }
 
-/* ---- timers: a binary heap of (time, ref); a ref that is gone by then is passed over ------------- */
+/* ---- timers: a binary heap of (time, ref); a ref that is gone by then is passed over ---- */
 
 static void timer_swap(struct cn_timers *t, uint32_t a, uint32_t b)
 {

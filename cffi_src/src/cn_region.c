@@ -44,7 +44,7 @@ const char *cn_where_text(uint32_t where)
     return where < sizeof(texts) / sizeof(texts[0]) ? texts[where] : "";
 }
 
-/* ---- mapping ---------------------------------------------------------------------------------- */
+/* ---- mapping -------------------------------------------------------------- */
 
 /* May the first bytes of fd be mapped? Another process made the object, so it is looked at (I4). */
 static int cn_region_check(int fd, uint64_t bytes, bool *ret_hugetlb, struct cn_syserr *reterr_sys)
@@ -125,7 +125,7 @@ int cn_region_unmap(void *addr, uint64_t bytes, struct cn_syserr *reterr_sys)
     return CN_OK;
 }
 
-/* ---- the SIGBUS guard ------------------------------------------------------------------------- */
+/* ---- the SIGBUS guard ----------------------------------------------------- */
 
 struct cn_span {
     uintptr_t begin;
@@ -139,8 +139,9 @@ struct cn_guard {
 };
 
 /*
- * The one exception to "no globals": a signal handler belongs to the process, and finds its thread's
- * guard without an argument. Initial-exec, so that the handler's first look allocates nothing.
+ * The one exception to "no globals": a signal handler belongs to the process, and finds its
+ * thread's guard without an argument. Initial-exec, so that the handler's first look allocates
+ * nothing.
  */
 #if defined(__GLIBC__)
 #define CN_TLS_MODEL __attribute__((tls_model("initial-exec")))
@@ -362,7 +363,7 @@ int cn_guarded_crc32c(uint32_t crc, const void *src, uint64_t bytes, uint32_t *r
     return cn_guarded_crc_run(&op, ret_crc);
 }
 
-/* ---- pre-touch -------------------------------------------------------------------------------- */
+/* ---- pre-touch ------------------------------------------------------------ */
 
 /* Kernels before 5.14, and sandboxes: one write a page, faults turned into the kernel's EFAULT. */
 static int cn_populate_by_hand(void *addr, size_t bytes, struct cn_syserr *reterr_sys)
@@ -388,7 +389,8 @@ int cn_region_populate_with(const struct cn_region_ops *ops, void *addr, uint64_
         return CN_OK;
     if (errno != EINVAL)
         return cn_sys_fail(reterr_sys, CN_AT_POPULATE);
-    /* EINVAL: the kernel lacks it, or it is a read-only mapping, which a touch by hand would kill. */
+    /* EINVAL: the kernel lacks it, or it is a read-only mapping, which a touch by hand would
+     * kill. */
     if (ops->madvise(addr, 0, CN_MADV_POPULATE_WRITE) == 0) {
         errno = EINVAL;
         return cn_sys_fail(reterr_sys, CN_AT_POPULATE);

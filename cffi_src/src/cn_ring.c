@@ -14,8 +14,8 @@
 
 #include "cn_client.h"
 
-#define SPIN_NS 30000u               /* the keeper answers within a few microseconds when awake */
-#define NAP_MS 5u                    /* re-check even if a wake-up was missed with a dead keeper */
+#define SPIN_NS 30000u /* the keeper answers within a few microseconds when awake */
+#define NAP_MS 5u      /* re-check even if a wake-up was missed with a dead keeper */
 
 uint64_t cn_now_ns(void)
 {
@@ -36,8 +36,7 @@ void cn_ring_doorbell(struct cn_client *c)
 
 static void futex_sleep(struct cn_client *c, uint32_t seen, uint64_t ns)
 {
-    struct timespec t = {.tv_sec = (time_t)(ns / 1000000000u),
-                         .tv_nsec = (long)(ns % 1000000000u)};
+    struct timespec t = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
     syscall(SYS_futex, &c->head->wake_seq, FUTEX_WAIT, seen, &t, NULL, 0);
 }
 
@@ -133,7 +132,7 @@ int cn_flush(struct cn_client *c, uint32_t wait_ms)
     return cn_wait_until(c, drained, tail, wait_ms);
 }
 
-/* ---- operations that are answered ------------------------------------------------------------- */
+/* ---- operations that are answered ----------------------------------------- */
 
 static bool completion_there(struct cn_client *c, uint64_t arg)
 {
@@ -141,7 +140,8 @@ static bool completion_there(struct cn_client *c, uint64_t arg)
     return cn_load_acquire(&c->head->comp_tail) != c->comp_head;
 }
 
-/* Read completions until ours; op_lock is held. Leftovers of calls that timed out are passed over. */
+/* Read completions until ours; op_lock is held. Leftovers of calls that timed out are passed
+ * over. */
 static int await_cookie(struct cn_client *c, uint64_t cookie, uint32_t wait_ms, uint64_t *ret_value)
 {
     for (uint32_t looked = 0; looked < 2 * CN_COMPLETIONS; looked++) {
@@ -204,8 +204,7 @@ int cn_report(struct cn_client *c, uint32_t op, uint64_t ref, uint32_t crc32c)
 
 static bool event_there(struct cn_client *c, uint64_t sequence)
 {
-    return cn_load_acquire(&c->catalog.super->event_head) > sequence ||
-           cn_usable(c) != CN_OK;
+    return cn_load_acquire(&c->catalog.super->event_head) > sequence || cn_usable(c) != CN_OK;
 }
 
 int cn_events_wait(struct cn_client *c, uint64_t sequence, uint32_t wait_ms)

@@ -9,10 +9,10 @@
 
 #include "cn_keeper.h"
 
-#define DEATH_LOOK_NS 5000000ull         /* 5 ms between looks at a lock that should become free */
-#define DEATH_LOOK_MAX_NS 1000000000ull  /* a closed socket of a living process: rarely */
+#define DEATH_LOOK_NS 5000000ull        /* 5 ms between looks at a lock that should become free */
+#define DEATH_LOOK_MAX_NS 1000000000ull /* a closed socket of a living process: rarely */
 
-/* ---- records -------------------------------------------------------------------------------------- */
+/* ---- records -------------------------------------------------------------- */
 
 static uint32_t find_for(struct cn_keeper *k, const struct cn_session *s, const struct cn_record *r)
 {
@@ -142,7 +142,7 @@ uint32_t cn_session_drain(struct cn_keeper *k, struct cn_session *s, uint32_t re
     return n;
 }
 
-/* ---- recency ---------------------------------------------------------------------------------------- */
+/* ---- recency -------------------------------------------------------------- */
 
 /* One chain, root first; entries of other domains break it. */
 static void touch_chain(struct cn_keeper *k, uint32_t count)
@@ -209,7 +209,7 @@ void cn_session_fold(struct cn_keeper *k, struct cn_session *s)
     k->count.misses += fold(&s->misses, cn_load_relaxed(&s->head->misses));
 }
 
-/* ---- open and end ------------------------------------------------------------------------------------- */
+/* ---- open and end --------------------------------------------------------- */
 
 static void write_head(const struct cn_session *s, uint32_t lease_slots, uint64_t lease_limit_bytes)
 {
@@ -223,7 +223,8 @@ static void write_head(const struct cn_session *s, uint32_t lease_slots, uint64_
     head->magic = CN_SESSION_MAGIC;
 }
 
-static void write_entry(struct cn_keeper *k, const struct cn_session *s, const struct cn_session_open *o)
+static void write_entry(struct cn_keeper *k, const struct cn_session *s,
+                        const struct cn_session_open *o)
 {
     struct cn_session_entry *entry = &k->catalog.registry[s->idx];
     entry->nonce = s->nonce;
@@ -256,7 +257,8 @@ static uint32_t free_session_idx(const struct cn_keeper *k)
     return CN_NONE;
 }
 
-static struct cn_session *session_new(struct cn_keeper *k, const struct cn_session_open *o, uint32_t idx)
+static struct cn_session *session_new(struct cn_keeper *k, const struct cn_session_open *o,
+                                      uint32_t idx)
 {
     struct cn_session *s = calloc(1, sizeof(*s));
     uint32_t slots = k->catalog.lease_slots;

@@ -33,18 +33,28 @@ uint32_t cn_revoke_stock(struct cn_keeper *k, const struct cn_session *except)
     return taken;
 }
 
-/* At most 1/64 of the pool lies in a stock; what is being filled may go to a quarter. */
-static bool grant_allowed(const struct cn_keeper *k, const struct cn_session *s, uint64_t extent_bytes,
-                          uint32_t filled)
+/*
+ * One extent a row, and besides at most 1/64 of the pool in all rows, so that one large size does not
+ * starve the others; with what is being filled, at most a quarter.
+ */
+static bool grant_allowed(const struct cn_keeper *k, const struct cn_session *s,
+                          uint64_t extent_bytes, uint32_t filled)
 {
-    uint64_t share = filled == 0 ? 4 : CN_STOCK_SHARE;
-    return s->granted_bytes == 0 || s->granted_bytes + extent_bytes <= k->capacity_bytes / share;
+    uint64_t spare = filled == 0 ? 0 : extent_bytes;
+    for (uint32_t row = 0; row < CN_STOCK_ROWS && spare > 0; row++)
+        if (s->rows[row].filled > 1)
+            spare += (s->rows[row].filled - 1) * s->rows[row].extent_bytes;
+    if (s->granted_bytes == 0)
+        return true;
+    return spare <= k->capacity_bytes / CN_STOCK_SHARE &&
+           s->granted_bytes + extent_bytes <= k->capacity_bytes / CN_GRANT_SHARE;
 }
 
 static void row_refill(struct cn_keeper *k, struct cn_session *s, uint32_t row, bool urgent)
 {
     struct cn_row_state *state = &s->rows[row];
     uint32_t filled = row_fill(s, row);
+    state->filled = filled;
     for (uint32_t i = 0; i < CN_STOCK_SLOTS && filled < state->target; i++) {
         if (cn_load_relaxed(&s->stock[row].slot[i]) != 0)
             continue;
@@ -58,7 +68,7 @@ static void row_refill(struct cn_keeper *k, struct cn_session *s, uint32_t row, 
         if (status != CN_OK)
             return;
         cn_store_release(&s->stock[row].slot[i], ref);
-        filled++;
+        state->filled = ++filled;
     }
 }
 
@@ -81,7 +91,8 @@ static uint32_t row_for(struct cn_keeper *k, struct cn_session *s, uint64_t exte
 void cn_stock_want(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r)
 {
     uint64_t extent_bytes = r->arg;
-    bool sound = s->role >= CN_ROLE_WRITER && extent_bytes > 0 && extent_bytes % CN_PAGE_BYTES == 0 &&
+    bool sound = s->role >= CN_ROLE_WRITER && extent_bytes > 0 &&
+                 extent_bytes % CN_PAGE_BYTES == 0 &&
                  extent_bytes <= CN_CHUNK_BYTES_MAX + 2 * CN_META_BYTES_MAX;
     if (!sound) {
         k->count.bad_records++;

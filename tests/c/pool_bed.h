@@ -99,8 +99,12 @@ static inline struct bed_session bed_attach(struct bed *bed, uint32_t role)
     s.session = open.ret_session;
     s.nonce = open.ret_nonce;
     static const uint8_t manifest[] = {0x80};
-    struct cn_namespace_open ns = {.id = {7}, .name = "", .manifest = manifest,
-                                   .manifest_bytes = 1, .session = s.session, .session_nonce = s.nonce};
+    struct cn_namespace_open ns = {.id = {7},
+                                   .name = "",
+                                   .manifest = manifest,
+                                   .manifest_bytes = 1,
+                                   .session = s.session,
+                                   .session_nonce = s.nonce};
     CHECK_EQ(cn_keeper_namespace_open(bed->keeper, &ns), CN_OK);
     bed->ns = ns.ret_slot;
     return s;

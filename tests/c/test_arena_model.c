@@ -2,9 +2,10 @@
 /*
  * Thousands of random operations against a reference that knows the owner of every page.
  *
- * The reference trusts only the slab table, as a successor would: every extent lies in a slab of its
- * size, none overlaps, EFULL is said only when there is no room, the reclaim window is the cheapest of
- * all, and an arena rebuilt from the table and the extents says what the first one said.
+ * The reference trusts only the slab table, as a successor would: every extent lies in a slab of
+ * its size, none overlaps, EFULL is said only when there is no room, the reclaim window is the
+ * cheapest of all, and an arena rebuilt from the table and the extents says what the first one
+ * said.
  *
  *   test_arena_model [seed [operations]]      without arguments: eight seeds
  */
@@ -209,7 +210,8 @@ static bool slab_busy(void *ctx, uint64_t slab_off, uint64_t slab_bytes)
     return (head * 2654435761u >> 16) % 5 == 0;
 }
 
-/* Cost in pages of the whole slabs in [first, end); UINT32_MAX if it cuts or holds what it may not. */
+/* Cost in pages of the whole slabs in [first, end); UINT32_MAX if it cuts or holds what it may
+ * not. */
 static uint32_t window_cost(struct model *m, uint32_t first, uint32_t end)
 {
     uint32_t cost = 0;

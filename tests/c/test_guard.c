@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The SIGBUS guard: our own copies report lost bytes, everybody else's faults stay what they were. */
+/* The SIGBUS guard: our own copies report lost bytes, everybody else's faults stay what they
+ * were. */
 #include <pthread.h>
 
 #include "check_region.h"

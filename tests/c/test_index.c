@@ -74,7 +74,8 @@ static int insert(struct table *t, uint32_t ns, const struct cn_key *key, uint32
     return cn_index_insert(&t->catalog, hash_of(t, ns, key), d);
 }
 
-/* At the design load of one half every key has its place, and each is found under its own number. */
+/* At the design load of one half every key has its place, and each is found under its own
+ * number. */
 static void every_inserted_key_is_found(void)
 {
     struct table t = table_open(CHUNKS);

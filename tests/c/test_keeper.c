@@ -247,7 +247,8 @@ static void every_policy_survives_a_full_pool(void)
         struct bed_session s = bed_attach(&bed, CN_ROLE_WRITER);
         for (uint64_t n = 0; n < 3000; n++) {
             struct bed_key parent = bed_key(n - 1);
-            CHECK_EQ(bed_put(&bed, s.client, n, 16384 + (n % 3) * 4096, n % 8 ? &parent : NULL), CN_OK);
+            CHECK_EQ(bed_put(&bed, s.client, n, 16384 + (n % 3) * 4096, n % 8 ? &parent : NULL),
+                     CN_OK);
             struct bed_key key = bed_key(n * 7919 % (n + 1));
             struct cn_view view;
             if (cn_lease(s.client, bed.ns, key.bytes, &view) == CN_OK)

@@ -54,6 +54,7 @@ static void no_slot_has_two_holders(void)
             } else {
                 CHECK_EQ(cn_lease_many(s.client, bed.ns, keys, batch, views + count, &got), CN_OK);
             }
+            CHECK(got > 0);
             for (uint32_t i = count; i < count + got; i++) {
                 CHECK(views[i].slot < SLOTS && !held[views[i].slot]);
                 held[views[i].slot] = true;
@@ -86,7 +87,8 @@ static void every_lease_is_below_the_high_mark(void)
     finish(&bed, &s);
 }
 
-/* A token opens its chunk while it is there; not with another key, another generation, another d. */
+/* A token opens its chunk while it is there; not with another key, another generation, another
+ * d. */
 static void a_token_opens_its_own_chunk(void)
 {
     struct bed bed;

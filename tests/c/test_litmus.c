@@ -3,11 +3,11 @@
  * Store buffering on this CPU: without either fence of acquire x evict a reader and the keeper miss
  * each other, with both they never do (I3).
  *
- * Two threads run the shape of cn_lease() and cn_unlink_flush() on real descriptors and a real lease
- * table, as many rounds as fit into a bounded time: reader: store lease, fence, load word; keeper: store
- * DYING, fence, load lease. A violation is a round in which the reader found the chunk LIVE and the
- * keeper found no lease. Each round has words of its own, cold in the other's cache, so that stores
- * wait in the buffer.
+ * Two threads run the shape of cn_lease() and cn_unlink_flush() on real descriptors and a real
+ * lease table, as many rounds as fit into a bounded time: reader: store lease, fence, load word;
+ * keeper: store DYING, fence, load lease. A violation is a round in which the reader found the
+ * chunk LIVE and the keeper found no lease. Each round has words of its own, cold in the other's
+ * cache, so that stores wait in the buffer.
  */
 #include <pthread.h>
 #include <sched.h>

@@ -7,7 +7,7 @@
 
 static size_t page_bytes;
 
-/* ---- mapping ---------------------------------------------------------------------------------- */
+/* ---- mapping -------------------------------------------------------------- */
 
 static void a_mapping_is_shared_aligned_and_outlives_its_descriptor(void)
 {
@@ -124,7 +124,7 @@ static void a_forked_child_does_not_have_the_mapping(void)
     close(fd);
 }
 
-/* ---- pre-touch -------------------------------------------------------------------------------- */
+/* ---- pre-touch ------------------------------------------------------------ */
 
 static int madvise_of_an_old_kernel(void *addr, size_t bytes, int advice)
 {
@@ -236,7 +236,7 @@ static void populate_refuses_a_read_only_mapping(void)
     close(fd);
 }
 
-/* ---- the node of a page ----------------------------------------------------------------------- */
+/* ---- the node of a page --------------------------------------------------- */
 
 static long get_mempolicy_that_fails(int *mode, const void *addr, unsigned long flags)
 {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Claim: a session that ended leaves nothing in the keeper's epoll set, even if its client still has
- * the doorbell; a client cannot fill it up (ENOSPC: nobody attaches any more). */
+/* Claim: a session that ended leaves nothing in the keeper's epoll set, even if its client still
+ * has the doorbell; a client cannot fill it up (ENOSPC: nobody attaches any more). */
 #include "pool_bed.h"
 
 static uint32_t watched(int epoll_fd)
@@ -24,7 +24,8 @@ int main(void)
         CHECK(dup(s.client->doorbell_fd) >= 0); /* a client that keeps it */
         bed_kill(&bed, &s);
     }
-    printf("watched before %u, after ten sessions that ended %u\n", before, watched(bed.keeper->epoll_fd));
+    printf("watched before %u, after ten sessions that ended %u\n", before,
+           watched(bed.keeper->epoll_fd));
     CHECK_EQ(watched(bed.keeper->epoll_fd), before);
     bed_close(&bed);
     return 0;

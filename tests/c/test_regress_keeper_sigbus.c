@@ -14,7 +14,8 @@ static int move_into_lost(struct cn_keeper *k, void *args)
 {
     (void)k;
     static char from[4096];
-    return cn_guarded_copy_out(args, from, sizeof(from)); /* what cn_move() calls: dst is pool, too */
+    /* what cn_move() calls: dst is pool, too */
+    return cn_guarded_copy_out(args, from, sizeof(from));
 }
 
 int main(int argc, char **argv)
@@ -30,7 +31,8 @@ int main(int argc, char **argv)
         CHECK_EQ(cn_keeper_start(bed.keeper), CN_OK);
         CHECK_EQ(cn_call(bed.keeper, copy_lost, gone), CN_ELOST);
     } else {
-        CHECK_EQ(move_into_lost(bed.keeper, gone), CN_ELOST); /* no thread: signals are not blocked */
+        /* no thread: signals are not blocked */
+        CHECK_EQ(move_into_lost(bed.keeper, gone), CN_ELOST);
     }
     bed_close(&bed);
     return 0;

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Claim: once a namespace was opened by a name, that name with another manifest is refused, also
- * when the namespace has another name already; and a session that ended gives nothing to its successor. */
+ * when the namespace has another name already; and a session that ended gives nothing to its
+ * successor. */
 #include "pool_bed.h"
 
 static int open_ns(struct bed *bed, uint8_t id, const char *name, uint32_t session)
 {
     static const uint8_t manifest[] = {0x80};
-    struct cn_namespace_open ns = {.id = {id}, .name = name, .manifest = manifest,
-                                   .manifest_bytes = 1, .session = session};
+    struct cn_namespace_open ns = {
+        .id = {id}, .name = name, .manifest = manifest, .manifest_bytes = 1, .session = session};
     return cn_keeper_namespace_open(bed->keeper, &ns);
 }
 
@@ -25,7 +26,8 @@ int main(int argc, char **argv)
         bed_kill(&bed, &a);
         struct bed_session b = bed_attach(&bed, CN_ROLE_WRITER);
         CHECK_EQ(b.session, idx);
-        CHECK_EQ(open_ns(&bed, 9, "", idx), CN_OK); /* asked for by a's connection, which is still open */
+        /* asked for by a's connection, which is still open */
+        CHECK_EQ(open_ns(&bed, 9, "", idx), CN_OK);
         uint64_t allowed = bed.keeper->sessions[idx]->allowed[0];
         CHECK_EQ(allowed & 1u << 2, 0);
         bed_kill(&bed, &b);

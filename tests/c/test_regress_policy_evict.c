@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Claim: after a change of policy eviction takes each chunk once; bytes stay those of their keys. */
+/* Claim: after a change of policy eviction takes each chunk once; bytes stay those of their
+ * keys. */
 #include "pool_bed.h"
 
 int main(void)

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Claim: a reserve that nobody answers gives up after wait_ms, not after a multiple of it. */
-#include <time.h>
 #include "pool_bed.h"
+#include <time.h>
 
 int main(void)
 {
-    struct bed bed = bed_open(8 << 20, 64, 512, "lru"); /* the keeper has no thread: a stopped daemon */
+    /* the keeper has no thread: a stopped daemon */
+    struct bed bed = bed_open(8 << 20, 64, 512, "lru");
     struct bed_session s = bed_attach(&bed, CN_ROLE_WRITER);
     struct timespec a, b;
     struct cn_grant grant;

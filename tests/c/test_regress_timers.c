@@ -23,8 +23,12 @@ static void unpin_after_ttl(void)
     bed_settle(&bed);
     CHECK_EQ(cn_reserve(s.client, 4096, 0, 0, &grant), CN_OK);
     struct bed_key key = bed_key(1);
-    struct cn_put put = {.ref = grant.ref, .key = key.bytes, .data_bytes = 4096, .ns_slot = bed.ns,
-                         .position = CN_POSITION_UNKNOWN, .ttl_s = 10};
+    struct cn_put put = {.ref = grant.ref,
+                         .key = key.bytes,
+                         .data_bytes = 4096,
+                         .ns_slot = bed.ns,
+                         .position = CN_POSITION_UNKNOWN,
+                         .ttl_s = 10};
     CHECK_EQ(cn_commit(s.client, &put, 0), CN_OK);
     bed_settle(&bed);
     key_op(&bed, s.client, CN_OP_PIN, 1, INT64_MAX);

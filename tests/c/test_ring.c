@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The rings: every record arrives once and in order across the wrap, a full ring refuses and heals, a
- * client that does not drain its completions blocks nobody, and answers reach who asked.
+ * The rings: every record arrives once and in order across the wrap, a full ring refuses and heals,
+ * a client that does not drain its completions blocks nobody, and answers reach who asked.
  */
 #include <pthread.h>
 
@@ -37,7 +37,8 @@ static void records_survive_the_wrap(void)
     bed_close(&bed);
 }
 
-/* 1,024 records fit; the next is refused at once or after its time, and goes through after a round. */
+/* 1,024 records fit; the next is refused at once or after its time, and goes through after a
+ * round. */
 static void a_full_ring_refuses_and_heals(void)
 {
     struct bed bed = bed_open(4 * MIB, 256, 64, "lru");
@@ -56,7 +57,8 @@ static void a_full_ring_refuses_and_heals(void)
     bed_close(&bed);
 }
 
-/* A round takes at most 64 records of a ring: the second session's are not behind all of the first. */
+/* A round takes at most 64 records of a ring: the second session's are not behind all of the
+ * first. */
 static void rounds_are_fair(void)
 {
     struct bed bed = bed_open(4 * MIB, 256, 64, "lru");
@@ -123,7 +125,8 @@ static void an_impossible_tail_breaks_one_ring(void)
     }
 }
 
-/* With a sleeping keeper every call is answered by a wake-up: its short nap is not what saves it. */
+/* With a sleeping keeper every call is answered by a wake-up: its short nap is not what saves
+ * it. */
 static void a_sleeping_keeper_is_woken(void)
 {
     struct bed bed = bed_open(4 * MIB, 256, 64, "lru");

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Threads in one process over one mapping: readers, writers and the keeper, for ThreadSanitizer, which
- * knows memory by its address and sees nothing of a second mapping. Every byte of every lease is read
- * and is the one that was committed, while a small pool evicts all the time.
+ * Threads in one process over one mapping: readers, writers and the keeper, for ThreadSanitizer,
+ * which knows memory by its address and sees nothing of a second mapping. Every byte of every lease
+ * is read and is the one that was committed, while a small pool evicts all the time.
  */
 #include <pthread.h>
 #include <sys/eventfd.h>
@@ -67,8 +67,12 @@ static struct bed_session join(struct bed *bed, uint64_t lease_limit_bytes)
     s.nonce = open.ret_nonce;
     s.client = join_client(bed, s.segment, doorbell_fd);
     static const uint8_t manifest[] = {0x80};
-    struct cn_namespace_open ns = {
-        .id = {7}, .name = "", .manifest = manifest, .manifest_bytes = 1, .session = s.session};
+    struct cn_namespace_open ns = {.id = {7},
+                                   .name = "",
+                                   .manifest = manifest,
+                                   .manifest_bytes = 1,
+                                   .session = s.session,
+                                   .session_nonce = s.nonce};
     CHECK_EQ(cn_keeper_namespace_open(bed->keeper, &ns), CN_OK);
     bed->ns = ns.ret_slot;
     return s;
