@@ -8,6 +8,9 @@
 #include "cn_api.h"
 #include "cn_index.h"
 
+/* Grants that may wait to be given back: more than that are not granted while the ring is full. */
+#define CN_OWED_MAX (CN_STOCK_ROWS * CN_STOCK_SLOTS)
+
 struct cn_mapping {
     uint8_t *base;
     uint64_t bytes;
@@ -50,6 +53,8 @@ struct cn_client {
     uint64_t sub_tail;
     uint64_t comp_head;
     uint64_t next_cookie;
+    uint64_t owed[CN_OWED_MAX]; /* under sub_lock: grants whose ABORT found the ring full */
+    uint32_t owed_count;
 };
 
 enum cn_mark { CN_MARK_FORKED = 0, CN_MARK_OPEN = 1, CN_MARK_CLOSED = 2 };

@@ -38,8 +38,9 @@ static bool grant_of(struct cn_client *c, uint64_t ref, uint64_t extent_bytes,
     uint64_t place = cn_load_relaxed(&chunk->place);
     uint64_t off = cn_load_relaxed(&chunk->data_off);
     uint32_t region = cn_place_region(place);
+    uint64_t granted_bytes = (uint64_t)c->catalog.cold[d].extent_pages * 4096;
     if (cn_word_gen(word) != cn_ref_gen(ref) || cn_word_state(word) != CN_GRANTED ||
-        cn_place_owner(place) != c->session_idx)
+        cn_place_owner(place) != c->session_idx || granted_bytes < extent_bytes)
         return false;
     if (region >= c->region_count || c->rw[region].base == NULL || off > c->rw[region].bytes ||
         extent_bytes > c->rw[region].bytes - off)
@@ -56,8 +57,11 @@ static bool take_from_stock(struct cn_client *c, uint64_t extent_bytes, struct c
     for (uint32_t i = 0; i < CN_STOCK_SLOTS; i++) {
         uint64_t ref = cn_load_acquire(&row->slot[i]);
         /* Both sides take by compare-and-swap: a revoked slot is 0 before we can have it. */
-        if (ref != 0 && cn_cas(&row->slot[i], &ref, 0) && grant_of(c, ref, extent_bytes, ret_grant))
+        if (ref == 0 || !cn_cas(&row->slot[i], &ref, 0))
+            continue;
+        if (grant_of(c, ref, extent_bytes, ret_grant))
             return true;
+        cn_abort(c, ref); /* the row went to another size since we found it */
     }
     return false;
 }

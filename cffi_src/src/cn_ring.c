@@ -83,18 +83,40 @@ static bool ring_has_room(struct cn_client *c, uint64_t tail)
     return tail - cn_load_acquire(&c->head->sub_head) < CN_RING_RECORDS;
 }
 
+static void put_record(struct cn_client *c, const struct cn_record *record)
+{
+    c->sub[c->sub_tail % CN_RING_RECORDS] = *record;
+    c->sub_tail++;
+    /* Release: the record, and the bytes it speaks of, before the tail that shows it. */
+    cn_store_release(&c->head->sub_tail, c->sub_tail);
+}
+
+/* What a full ring did not take goes first, or its extents would be lost to this session. */
+static void give_back_owed(struct cn_client *c)
+{
+    while (c->owed_count > 0 && ring_has_room(c, c->sub_tail)) {
+        struct cn_record record = {.op = CN_OP_ABORT, .grant = c->owed[--c->owed_count]};
+        put_record(c, &record);
+    }
+}
+
+static void owe(struct cn_client *c, uint64_t grant)
+{
+    pthread_mutex_lock(&c->sub_lock);
+    if (c->owed_count < CN_OWED_MAX)
+        c->owed[c->owed_count++] = grant;
+    pthread_mutex_unlock(&c->sub_lock);
+}
+
 /* Never waits with the lock held: another caller may hold Python's GIL while it wants the lock. */
 static bool try_submit(struct cn_client *c, const struct cn_record *record, uint64_t *ret_tail)
 {
     pthread_mutex_lock(&c->sub_lock);
+    give_back_owed(c);
     uint64_t tail = c->sub_tail;
     bool room = ring_has_room(c, tail);
-    if (room) {
-        c->sub[tail % CN_RING_RECORDS] = *record;
-        c->sub_tail = tail + 1;
-        /* Release: the record, and the bytes it speaks of, before the tail that shows it. */
-        cn_store_release(&c->head->sub_tail, tail + 1);
-    }
+    if (room)
+        put_record(c, record);
     pthread_mutex_unlock(&c->sub_lock);
     *ret_tail = tail;
     return room;
@@ -108,8 +130,11 @@ int cn_submit(struct cn_client *c, const struct cn_record *record, uint32_t wait
         uint64_t now = cn_now_ns();
         cn_ring_doorbell(c);
         uint32_t left_ms = now < deadline_ns ? (uint32_t)((deadline_ns - now) / 1000000u) : 0;
-        if (cn_wait_until(c, ring_has_room, tail, left_ms) != CN_OK)
-            return CN_ERING;
+        if (cn_wait_until(c, ring_has_room, tail, left_ms) == CN_OK)
+            continue;
+        if (record->op == CN_OP_ABORT)
+            owe(c, record->grant);
+        return CN_ERING;
     }
     cn_ring_doorbell(c);
     return CN_OK;
@@ -126,6 +151,7 @@ int cn_flush(struct cn_client *c, uint32_t wait_ms)
     if (status != CN_OK)
         return status;
     pthread_mutex_lock(&c->sub_lock);
+    give_back_owed(c);
     uint64_t tail = c->sub_tail;
     pthread_mutex_unlock(&c->sub_lock);
     cn_ring_doorbell(c);
@@ -185,8 +211,10 @@ int cn_keys_op(struct cn_client *c, uint32_t op, uint32_t ns_slot, const uint8_t
     struct cn_record last = {.op = CN_OP_NOP, .ns_slot = (uint16_t)ns_slot};
     uint64_t done = 0;
     pthread_mutex_lock(&c->op_lock);
+    status = cn_submit(c, &last, wait_ms); /* a call that timed out left its count behind */
     last.cookie = c->next_cookie++;
-    status = submit_keys(c, &record, keys, key_count, wait_ms);
+    if (status == CN_OK)
+        status = submit_keys(c, &record, keys, key_count, wait_ms);
     if (status == CN_OK)
         status = cn_submit(c, &last, wait_ms);
     if (status == CN_OK)

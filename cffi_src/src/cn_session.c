@@ -49,6 +49,8 @@ static void do_nop(struct cn_session *s, const struct cn_record *r)
     uint64_t used = s->comp_tail - cn_load_acquire(&s->head->comp_head);
     uint64_t value = s->op_done;
     s->op_done = 0;
+    if (r->cookie == 0)
+        return; /* it only ends the count of a call that gave up */
     if (used >= CN_COMPLETIONS)
         return; /* it does not drain: it gets nothing more, and nobody waits for it */
     s->comp[s->comp_tail % CN_COMPLETIONS] =

@@ -116,6 +116,7 @@ def test_killed_processes_leave_nothing(
             storm.empty()
             counters = books.settle()
             assert counters["bad_records"] == 0, f"seed {SEED}, round {done}"
+            assert counters["lost"] == 0, f"seed {SEED}, round {done}: a checksum was wrong"
             resident.append(books.resident_bytes())
     found = check_all(daemon.socket)
     counters = books.settle()
