@@ -107,7 +107,7 @@ int cn_keeper_create(void *catalog, uint64_t catalog_bytes, void *const *regions
                      const struct cn_keeper_config *config, struct cn_keeper **ret_keeper);
 /* Start the one thread that writes the catalog (I1); all signals blocked, never touches Python. */
 int cn_keeper_start(struct cn_keeper *keeper);
-/* Stop and join it; the catalog is marked clean. Idempotent. */
+/* Stop and join it; the catalog is marked clean. Idempotent; never beside another call. */
 int cn_keeper_stop(struct cn_keeper *keeper);
 void cn_keeper_destroy(struct cn_keeper *keeper);
 /* Without a thread: one round of work, for tests. Returns how much was done, or a status < 0. */
@@ -124,7 +124,7 @@ int cn_keeper_configure(struct cn_keeper *keeper, const struct cn_keeper_config 
 int cn_keeper_fold(struct cn_keeper *keeper);
 int cn_keeper_session_info(struct cn_keeper *keeper, struct cn_session_info *ret_infos,
                            uint32_t infos_max, uint32_t *ret_count);
-/* Drop every chunk that nobody holds, as evicted by the administrator. */
+/* Unlink every chunk, pinned ones too; what somebody reads is freed when it is released. */
 int cn_keeper_clear(struct cn_keeper *keeper, uint64_t *ret_dropped);
 /* No more hits, for ever: clients see misses, then reconnect. */
 int cn_keeper_retire(struct cn_keeper *keeper);

@@ -6,7 +6,7 @@
 #include "lease.h"
 
 /* Giving the GIL up for less costs more than the copy. */
-#define KEEP_GIL_BELOW_BYTES (256u * 1024)
+#define KEEP_GIL_BELOW_BYTES 0x40000u
 
 static void lease_end(Lease *self)
 {

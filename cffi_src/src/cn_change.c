@@ -346,6 +346,8 @@ void cn_unlink_one(struct cn_keeper *k, uint32_t d, uint32_t kind, uint32_t reas
 bool cn_set_pin(struct cn_keeper *k, uint32_t d, uint64_t until_ns)
 {
     uint64_t word = cn_chunk_word(k, d);
+    if (until_ns <= k->realtime_ns)
+        return false;
     if ((cn_word_flags(word) & CN_CF_PINNED) == 0) {
         if (k->pinned_bytes + cn_extent_bytes(k, d) > k->capacity_bytes / CN_PIN_SHARE)
             return false;

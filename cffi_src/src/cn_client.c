@@ -49,10 +49,8 @@ static int make_mark(struct cn_client *c, int *ret_errno)
     if (mark == MAP_FAILED)
         return sys_error(ret_errno);
     c->mark = mark;
-    if (madvise(mark, CN_PAGE_BYTES, MADV_WIPEONFORK) != 0)
-        return sys_error(ret_errno);
     *mark = CN_MARK_OPEN;
-    return CN_OK;
+    return madvise(mark, CN_PAGE_BYTES, MADV_WIPEONFORK) == 0 ? CN_OK : sys_error(ret_errno);
 }
 
 static int open_session(struct cn_client *c, int fd, int *ret_errno)
@@ -88,6 +86,8 @@ static int open_regions(struct cn_client *c, const struct cn_attach *a, int *ret
     c->region_count = a->region_count;
     for (uint32_t i = 0; i < a->region_count; i++) {
         uint64_t bytes = super->regions[i].bytes;
+        if (bytes > c->largest_bytes)
+            c->largest_bytes = bytes;
         int status = map_object(a->region_ro_fd[i], bytes, false, &c->ro[i], ret_errno);
         if (status == CN_OK && a->region_rw_fd[i] >= 0)
             status = map_object(a->region_rw_fd[i], bytes, true, &c->rw[i], ret_errno);

@@ -25,6 +25,7 @@ struct cn_client {
     uint32_t lease_slots;
     uint32_t region_count;
     uint64_t lease_limit_bytes;
+    uint64_t largest_bytes; /* of one region: no chunk is larger */
     struct cn_mapping ro[CN_REGIONS_MAX];
     struct cn_mapping rw[CN_REGIONS_MAX];
 
@@ -75,6 +76,8 @@ static inline int cn_usable(const struct cn_client *c)
 
 /* CLOCK_MONOTONIC. */
 uint64_t cn_now_ns(void);
+/* What is left until then, rounded down; 0 when it is over. */
+uint32_t cn_left_ms(uint64_t deadline_ns);
 /* Private free list of slots, filled so that low slots come first. */
 void cn_slots_init(struct cn_client *c);
 /* Write one record; waits at most wait_ms for room. Rings the doorbell only if the keeper

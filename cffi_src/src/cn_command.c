@@ -240,13 +240,17 @@ static int do_fold(struct cn_keeper *k, void *args)
 static int do_clear(struct cn_keeper *k, void *args)
 {
     uint64_t *dropped = args;
-    for (uint32_t d = 0; d < k->fresh; d++) {
-        if (cn_word_state(cn_chunk_word(k, d)) == CN_LIVE) {
-            cn_unlink_one(k, d, CN_EVENT_CLEARED, CN_BY_ADMIN);
-            (*dropped)++;
-        }
-    }
     cn_unlink_flush(k);
+    for (uint32_t d = 0; d < k->fresh; d++) {
+        if (cn_word_state(cn_chunk_word(k, d)) != CN_LIVE)
+            continue;
+        cn_unlink_one(k, d, CN_EVENT_CLEARED, CN_BY_ADMIN);
+        k->limbo[k->limbo_count++] = d; /* one fence and one scan for all of them */
+        k->unlink.count = 0;
+        (*dropped)++;
+    }
+    cn_fence_keeper();
+    cn_limbo_look(k);
     cn_event_put(k, CN_EVENT_CLEARED, CN_BY_ADMIN, CN_NONE);
     return CN_OK;
 }

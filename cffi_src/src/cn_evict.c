@@ -5,6 +5,7 @@
 #include "cn_keeper.h"
 
 /* candidates passed over in one batch, besides the leased ones */
+#define SHRINK_PAUSE_NS 2000000ull
 #define VICTIM_SKIPS 512u
 
 /* ---- the scan ------------------------------------------------------------- */
@@ -164,12 +165,13 @@ bool cn_shrink(struct cn_keeper *k)
 {
     if (k->count.live_bytes > k->high_bytes)
         k->shrinking = true;
-    if (!k->shrinking)
+    if (!k->shrinking || k->monotonic_ns < k->shrink_again_ns)
         return false;
     if (k->count.live_bytes > k->low_bytes &&
         cn_evict_batch(k, 0, k->count.live_bytes - k->low_bytes, CN_BY_POLICY) > 0)
         return true;
     k->shrinking = false;
+    k->shrink_again_ns = k->monotonic_ns + SHRINK_PAUSE_NS; /* all that is left is in use */
     return false;
 }
 

@@ -41,8 +41,11 @@ struct cn_catalog {
  * through. */
 int cn_catalog_open(void *catalog, uint64_t catalog_bytes, struct cn_catalog *ret_catalog);
 
+/* As a caller has it: at any address. */
+typedef uint64_t cn_key_word __attribute__((aligned(1), may_alias));
+
 struct cn_key {
-    uint64_t word[4];
+    cn_key_word word[4];
 };
 
 struct cn_hash {
@@ -87,13 +90,19 @@ static inline uint32_t cn_hash_bucket(const struct cn_catalog *c, struct cn_hash
 
 static inline bool cn_chunk_is(const struct cn_chunk *chunk, uint32_t ns, const struct cn_key *key)
 {
-    /* Relaxed word by word: races with reuse by design; the caller checks word again (I3). */
-    uint64_t diff = cn_load_relaxed(&chunk->key[0]) ^ key->word[0];
-    diff |= cn_load_relaxed(&chunk->key[1]) ^ key->word[1];
-    diff |= cn_load_relaxed(&chunk->key[2]) ^ key->word[2];
-    diff |= cn_load_relaxed(&chunk->key[3]) ^ key->word[3];
-    diff |= cn_place_ns(cn_load_relaxed(&chunk->place)) ^ ns;
+    /* Races with reuse by design: the caller checks word again (I3). */
+    uint64_t diff = cn_place_ns(cn_load_relaxed(&chunk->place)) ^ ns;
+#ifdef CN_INDEX_SSE2
+    const __m128i *stored = (const __m128i *)chunk->key;
+    const __m128i *wanted = (const __m128i *)key->word;
+    __m128i low = _mm_cmpeq_epi8(_mm_loadu_si128(stored), _mm_loadu_si128(wanted));
+    __m128i high = _mm_cmpeq_epi8(_mm_loadu_si128(stored + 1), _mm_loadu_si128(wanted + 1));
+    return ((uint32_t)_mm_movemask_epi8(_mm_and_si128(low, high)) ^ 0xffffu) == 0 && diff == 0;
+#else
+    for (uint32_t i = 0; i < 4; i++)
+        diff |= cn_load_relaxed(&chunk->key[i]) ^ key->word[i];
     return diff == 0;
+#endif
 }
 
 /* A bit for each entry of the bucket that carries this tag. */
@@ -107,8 +116,8 @@ static inline uint32_t cn_bucket_tags(const struct cn_bucket *bucket, uint32_t t
     __m128i high = _mm_castps_si128(_mm_shuffle_ps(pairs[2], pairs[3], 0xdd));
     low = _mm_cmpeq_epi32(low, wanted);
     high = _mm_cmpeq_epi32(high, wanted);
-    __m128i packed = _mm_packs_epi16(_mm_packs_epi32(low, high), _mm_setzero_si128());
-    return (uint32_t)_mm_movemask_epi8(packed);
+    return (uint32_t)_mm_movemask_ps(_mm_castsi128_ps(low)) |
+           (uint32_t)_mm_movemask_ps(_mm_castsi128_ps(high)) << 4;
 #else
     uint32_t hits = 0;
     for (uint32_t i = 0; i < CN_BUCKET_ENTRIES; i++)

@@ -90,27 +90,39 @@ static uint32_t run_timers(struct cn_keeper *k)
     return done;
 }
 
-/* Look at the liveness lock of sessions that may be dead. Returns ns until the next look, 0 =
- * none. */
-static uint64_t look_for_dead(struct cn_keeper *k)
+/* Look at the liveness lock of sessions that may be dead; how many were. */
+static uint32_t look_for_dead(struct cn_keeper *k)
 {
-    uint64_t next = 0;
+    uint32_t ended = 0;
     for (uint32_t i = 0; i < k->session_count; i++) {
         struct cn_session *s = k->sessions[k->session_list[i]];
+        if (s->death_check_ns == 0 || s->death_check_ns > k->monotonic_ns)
+            continue;
+        if (k->ops.is_dead(s->liveness_fd)) {
+            cn_session_end(k, s);
+            i--; /* the last of the list took its place */
+            ended++;
+            continue;
+        }
+        /* Who lives and only closed its socket, or passed the mapping on, is looked at ever less. */
+        uint64_t most = s->exited ? CN_DEATH_LOOK_EXITED_NS : CN_DEATH_LOOK_MAX_NS;
+        if (s->death_period_ns < most)
+            s->death_period_ns *= 2;
+        s->death_check_ns = k->monotonic_ns + s->death_period_ns;
+    }
+    return ended;
+}
+
+/* ns until the next look at a liveness lock, 0 = none. */
+static uint64_t next_death_look(const struct cn_keeper *k)
+{
+    uint64_t now = k->ops.monotonic_ns();
+    uint64_t next = 0;
+    for (uint32_t i = 0; i < k->session_count; i++) {
+        const struct cn_session *s = k->sessions[k->session_list[i]];
         if (s->death_check_ns == 0)
             continue;
-        if (s->death_check_ns <= k->monotonic_ns) {
-            if (k->ops.is_dead(s->liveness_fd)) {
-                cn_session_end(k, s);
-                i--; /* the last of the list took its place */
-                continue;
-            }
-            /* A process that lives and only closed its socket is looked at ever more rarely. */
-            if (!s->exited && s->death_period_ns < 1000000000ull)
-                s->death_period_ns *= 2;
-            s->death_check_ns = k->monotonic_ns + s->death_period_ns;
-        }
-        uint64_t left = s->death_check_ns - k->monotonic_ns;
+        uint64_t left = s->death_check_ns > now ? s->death_check_ns - now : 1;
         next = next == 0 || left < next ? left : next;
     }
     return next;
@@ -120,6 +132,7 @@ static void wake_followers(struct cn_keeper *k, uint64_t events_before)
 {
     if (cn_load_relaxed(&k->catalog.super->event_head) == events_before)
         return;
+    cn_fence(); /* event_head before follows: pairs with the fence of a client about to sleep */
     for (uint32_t i = 0; i < k->session_count; i++) {
         struct cn_session *s = k->sessions[k->session_list[i]];
         if (cn_load_relaxed(&s->head->follows) != 0)
@@ -149,7 +162,7 @@ int cn_keeper_step(struct cn_keeper *k)
     done += run_timers(k);
     done += look_at_limbo(k);
     done += cn_shrink(k);
-    look_for_dead(k);
+    done += look_for_dead(k);
     wake_followers(k, events_before);
     cn_counters_store(k);
     return (int)done;
@@ -169,7 +182,7 @@ static bool anything_to_do(struct cn_keeper *k)
 
 static int sleep_ms(struct cn_keeper *k)
 {
-    uint64_t ns = look_for_dead(k);
+    uint64_t ns = next_death_look(k);
     if (k->limbo_count > 0 && k->wanted && (ns == 0 || ns > LIMBO_LOOK_NS))
         ns = LIMBO_LOOK_NS;
     if (k->timers.count > 0) {
@@ -192,7 +205,7 @@ static void on_wakeup(struct cn_keeper *k, uint64_t tag)
         return;
     s->exited = true; /* its pidfd fired; the lock follows with the last mapping */
     s->death_check_ns = k->ops.monotonic_ns();
-    s->death_period_ns = 5000000ull;
+    s->death_period_ns = CN_DEATH_LOOK_NS;
 }
 
 static void sleep_once(struct cn_keeper *k)

@@ -33,6 +33,10 @@
 #define CN_PIN_SHARE 2u           /* pins may hold at most half of the pool */
 #define CN_GRANT_SHARE 4u
 #define CN_STOCK_SHARE 64u /* a session's stock is at most 1/64 of the pool */
+/* Between two looks at the lock of a session that may be dead, doubled each time. */
+#define CN_DEATH_LOOK_NS 5000000ull
+#define CN_DEATH_LOOK_EXITED_NS 40000000ull /* at most, once its process exited */
+#define CN_DEATH_LOOK_MAX_NS 1000000000ull  /* at most, while the process lives */
 #define CN_CHAIN_MAX CN_ACCESS_SLOTS
 
 struct cn_row_state { /* what the keeper believes of one stock row */
@@ -152,6 +156,7 @@ struct cn_keeper {
     uint64_t leased_round; /* round of the last scan */
     uint64_t round;
     uint64_t limbo_look_ns;
+    uint64_t shrink_again_ns;
     bool wanted;     /* somebody waits for memory */
     bool leaf_first; /* the policy evicts a chunk after those that depend on it */
     bool shrinking;  /* between the high- and the low-water mark */

@@ -12,21 +12,24 @@
 
 #define SLOT_NONE UINT32_MAX
 #define HOT_SLOTS 64u
-#define HOT_PROBES 4u /* claims tried before the free list is asked */
-#define BATCH 256u    /* keys looked up together, for the prefetches to overlap */
+#define HOT_SLOTS_MIN 4u /* a power of two, as HOT_SLOTS */
+#define HOT_PROBES 4u    /* claims tried before the free list is asked */
+#define BATCH 256u       /* keys looked up together, for the prefetches to overlap */
+
+/* The hit path calls nothing that returns to it and saves no registers; what is rare is jumped to. */
+#define HOT static inline __attribute__((always_inline))
+#define COLD static __attribute__((noinline))
+#define LIKELY(condition) __builtin_expect(!!(condition), 1)
 
 /*
- * ---- slots
- * ----------------------------------------------------------------------------------------
- *
- * Process-private, no mutex: destructors run anywhere, inside other calls and in any thread.
+ * Slots are process-private, no mutex: destructors run anywhere, in any thread, in other calls.
  * The first few slots are claimed by compare-and-swap on the lease word itself: allocation, publish
  * and fence in one locked instruction, for the single leases of the hit path. The others are on a
  * tagged free list, from which a batch takes all it needs with one compare-and-swap.
  */
 void cn_slots_init(struct cn_client *c)
 {
-    c->hot_slots = c->lease_slots / 2 < HOT_SLOTS ? c->lease_slots / 2 : HOT_SLOTS;
+    c->hot_slots = c->lease_slots >= 2 * HOT_SLOTS ? HOT_SLOTS : HOT_SLOTS_MIN;
     for (uint32_t slot = c->hot_slots; slot < c->lease_slots; slot++)
         c->slot_next[slot] = slot + 1 < c->lease_slots ? slot + 1 : SLOT_NONE;
     c->free_head = c->hot_slots;
@@ -76,24 +79,25 @@ static void publish(struct cn_client *c, uint32_t slot, uint64_t ref)
 }
 
 /* After the fence: is the chunk that ref names still there for us? */
-static bool valid(const struct cn_client *c, uint64_t ref, uint64_t *ret_word)
+HOT bool valid(const struct cn_client *c, uint64_t ref, uint64_t *ret_word)
 {
     /* pairs with the keeper's store of DYING before its fence */
     uint64_t word = cn_load_acquire(&c->catalog.chunks[cn_ref_d(ref)].word);
     *ret_word = word;
-    return cn_word_gen(word) == cn_ref_gen(ref) && cn_word_state(word) == CN_LIVE &&
-           cn_load_relaxed(&c->catalog.super->pool_state) == CN_POOL_SERVING;
+    uint64_t differs = word ^ cn_word(cn_ref_gen(ref), CN_LIVE, 0);
+    return LIKELY(differs <= cn_word(0, 0, UINT32_MAX)) && /* in flags at most */
+           LIKELY(cn_load_relaxed(&c->catalog.super->pool_state) == CN_POOL_SERVING);
 }
 
-static void clear_slot(struct cn_client *c, uint32_t slot)
+HOT void clear_slot(struct cn_client *c, uint32_t slot)
 {
     /* Release: every read of the bytes comes before it. Pairs with the keeper's acquire scan. */
     cn_store_release(&c->leases[slot], 0);
 }
 
 /* Bounds of the bytes; the descriptor is leased, so its fields do not change (I2). */
-static int fill_view(struct cn_client *c, uint64_t ref, uint64_t word, uint32_t slot,
-                     struct cn_view *ret_view)
+HOT int fill_view(struct cn_client *c, uint64_t ref, uint64_t word, uint32_t slot,
+                  struct cn_view *ret_view)
 {
     const struct cn_chunk *chunk = &c->catalog.chunks[cn_ref_d(ref)];
     uint64_t off = cn_load_relaxed(&chunk->data_off);
@@ -108,8 +112,6 @@ static int fill_view(struct cn_client *c, uint64_t ref, uint64_t word, uint32_t 
         .slot = slot,
         .flags = cn_word_flags(word),
     };
-    if (c->limited)
-        cn_store_relaxed(&c->slot_bytes[slot], bytes);
     return CN_OK;
 }
 
@@ -131,10 +133,12 @@ static bool bytes_allowed(struct cn_client *c, uint64_t more)
     return exact + more <= c->lease_limit_bytes;
 }
 
-static void count_leased(struct cn_client *c, uint64_t bytes)
+static void count_leased(struct cn_client *c, const struct cn_view *view)
 {
-    if (c->limited)
-        cn_store_relaxed(&c->leased_bytes, cn_load_relaxed(&c->leased_bytes) + bytes);
+    if (!c->limited)
+        return;
+    cn_store_relaxed(&c->slot_bytes[view->slot], view->bytes);
+    cn_store_relaxed(&c->leased_bytes, cn_load_relaxed(&c->leased_bytes) + view->bytes);
 }
 
 static void count_unleased(struct cn_client *c, uint64_t bytes)
@@ -152,40 +156,58 @@ static void count(uint64_t *counter, uint64_t by)
  * Recency for the keeper: our own ring, read before the next eviction; full means overwritten. Its
  * tail also counts the hits, so that a hit needs no counter of its own.
  */
-static void log_access(struct cn_client *c, uint64_t ref)
+HOT bool log_entry(struct cn_client *c, uint64_t ref)
 {
     uint64_t tail = cn_load_relaxed(&c->access_tail);
     cn_store_relaxed(&c->access_log[tail % CN_ACCESS_SLOTS], ref);
-    cn_store_relaxed(&c->access_tail, tail + 1);
-    cn_store_release(&c->head->access_tail, tail + 1);
-    if ((tail + 1) % (CN_ACCESS_SLOTS / 2) == 0)
-        cn_ring_doorbell(c); /* once in 4,096 hits, so that a pure reader's recency is not lost */
+    cn_store_relaxed(&c->access_tail, ++tail);
+    cn_store_release(&c->head->access_tail, tail);
+    return LIKELY(tail % (CN_ACCESS_SLOTS / 2) != 0);
 }
 
-static int refuse(struct cn_client *c)
+/* Once in 4,096 hits, so that a pure reader's recency is not lost. */
+COLD int log_doorbell(struct cn_client *c)
+{
+    cn_ring_doorbell(c);
+    return CN_OK;
+}
+
+static void log_access(struct cn_client *c, uint64_t ref)
+{
+    if (!log_entry(c, ref))
+        log_doorbell(c);
+}
+
+COLD int refuse(struct cn_client *c)
 {
     count(&c->head->lease_refused, 1);
     count(&c->head->misses, 1);
     return CN_ELEASES;
 }
 
-static int miss(struct cn_client *c)
+COLD int miss(struct cn_client *c)
 {
     count(&c->head->misses, 1);
     return CN_EMISS;
 }
 
-/* Claim, publish and fence in one; SLOT_NONE when the slots looked at are busy. */
+/* Claim, publish and fence in one. The hint goes to the next slot, and back at a release. */
+HOT bool claim_hot(struct cn_client *c, uint32_t slot, uint64_t ref)
+{
+    if (cn_load_relaxed(&c->leases[slot]) != 0 || !cn_claim_fenced(&c->leases[slot], ref))
+        return false;
+    cn_store32_relaxed(&c->hot_hint, (slot + 1) & (c->hot_slots - 1));
+    return true;
+}
+
+/* SLOT_NONE when the slots looked at are busy. */
 static uint32_t publish_hot(struct cn_client *c, uint64_t ref, uint32_t probes)
 {
     uint32_t hint = cn_load32_relaxed(&c->hot_hint);
     for (uint32_t i = 0; i < probes; i++) {
-        uint32_t slot = (hint + i) % HOT_SLOTS;
-        if (slot < c->hot_slots && cn_load_relaxed(&c->leases[slot]) == 0 &&
-            cn_claim_fenced(&c->leases[slot], ref)) {
-            cn_store32_relaxed(&c->hot_hint, slot + 1);
+        uint32_t slot = (hint + i) & (c->hot_slots - 1);
+        if (claim_hot(c, slot, ref))
             return slot;
-        }
     }
     return SLOT_NONE;
 }
@@ -212,8 +234,14 @@ static void give_back(struct cn_client *c, uint32_t slot)
         slots_put(c, &slot, 1);
 }
 
+COLD int let_go(struct cn_client *c, uint32_t slot, int status)
+{
+    give_back(c, slot);
+    return status == CN_EMISS ? miss(c) : status;
+}
+
 /* Publish-fence-validate one reference that was seen LIVE a moment ago. */
-static int take(struct cn_client *c, uint64_t ref, struct cn_view *ret_view)
+COLD int take(struct cn_client *c, uint64_t ref, struct cn_view *ret_view)
 {
     uint64_t bytes = (uint32_t)cn_load_relaxed(&c->catalog.chunks[cn_ref_d(ref)].size_crc);
     if (!bytes_allowed(c, bytes))
@@ -225,28 +253,54 @@ static int take(struct cn_client *c, uint64_t ref, struct cn_view *ret_view)
     int status = CN_EMISS;
     if (valid(c, ref, &word))
         status = fill_view(c, ref, word, slot, ret_view);
-    if (status != CN_OK) {
-        give_back(c, slot);
-        return status == CN_EMISS ? miss(c) : status;
-    }
-    count_leased(c, ret_view->bytes);
+    if (status != CN_OK)
+        return let_go(c, slot, status);
+    count_leased(c, ret_view);
     log_access(c, ref);
     return CN_OK;
+}
+
+/* The same where nothing is in the way: no byte limit, and the slot last released is free. */
+HOT int take_hot(struct cn_client *c, uint64_t ref, struct cn_view *ret_view)
+{
+    uint32_t slot = cn_load32_relaxed(&c->hot_hint);
+    if (!LIKELY(!c->limited && claim_hot(c, slot, ref)))
+        return take(c, ref, ret_view);
+    uint64_t word;
+    if (!LIKELY(valid(c, ref, &word)))
+        return let_go(c, slot, CN_EMISS);
+    if (!LIKELY(fill_view(c, ref, word, slot, ret_view) == CN_OK))
+        return let_go(c, slot, CN_ECORRUPT);
+    return LIKELY(log_entry(c, ref)) ? CN_OK : log_doorbell(c);
+}
+
+/* The second and third bucket: 0.7 % of the chunks, and every miss. */
+COLD int lease_rest(struct cn_client *c, uint32_t ns_slot, const uint8_t *key_bytes,
+                    struct cn_view *ret_view)
+{
+    struct cn_key key = cn_key_of(key_bytes);
+    struct cn_hash h = cn_hash_key(c->catalog.hash_seed, ns_slot, &key);
+    uint32_t d;
+    uint64_t word;
+    if (!cn_index_find_rest(&c->catalog, h, ns_slot, &key, &d, &word))
+        return miss(c);
+    return take(c, cn_ref(d, cn_word_gen(word)), ret_view);
 }
 
 int cn_lease(struct cn_client *c, uint32_t ns_slot, const uint8_t *key_bytes,
              struct cn_view *ret_view)
 {
     int status = cn_usable(c);
-    if (status != CN_OK)
+    if (!LIKELY(status == CN_OK))
         return status;
-    struct cn_key key = cn_key_of(key_bytes);
-    struct cn_hash h = cn_hash_key(c->catalog.hash_seed, ns_slot, &key);
+    const struct cn_key *key = (const struct cn_key *)key_bytes;
+    struct cn_hash h = cn_hash_key(c->catalog.hash_seed, ns_slot, key);
+    const struct cn_bucket *bucket = &c->catalog.index[cn_hash_bucket(&c->catalog, h, 0)];
     uint32_t d;
     uint64_t word;
-    if (!cn_index_find(&c->catalog, h, ns_slot, &key, &d, &word))
-        return miss(c);
-    return take(c, cn_ref(d, cn_word_gen(word)), ret_view);
+    if (!LIKELY(cn_bucket_find(&c->catalog, bucket, cn_hash_tag(h), ns_slot, key, &d, &word)))
+        return lease_rest(c, ns_slot, key_bytes, ret_view);
+    return take_hot(c, cn_ref(d, cn_word_gen(word)), ret_view);
 }
 
 int cn_lease_ref(struct cn_client *c, uint64_t ref, uint64_t key_head, struct cn_view *ret_view)
@@ -263,13 +317,25 @@ int cn_lease_ref(struct cn_client *c, uint64_t ref, uint64_t key_head, struct cn
     return take(c, ref, ret_view);
 }
 
-void cn_release(struct cn_client *c, uint32_t slot)
+COLD void release_any(struct cn_client *c, uint32_t slot)
 {
-    if (cn_is_forked(c) || slot >= c->lease_slots)
+    if (slot >= c->lease_slots)
         return;
     if (c->limited)
         count_unleased(c, cn_load_relaxed(&c->slot_bytes[slot]));
     give_back(c, slot);
+}
+
+void cn_release(struct cn_client *c, uint32_t slot)
+{
+    if (!LIKELY(!cn_is_forked(c)))
+        return;
+    if (!LIKELY(slot < c->hot_slots && !c->limited)) {
+        release_any(c, slot);
+        return;
+    }
+    clear_slot(c, slot);
+    cn_store32_relaxed(&c->hot_hint, slot);
 }
 
 void cn_release_many(struct cn_client *c, const struct cn_view *views, uint32_t view_count)
@@ -392,17 +458,15 @@ static uint32_t batch_take(struct cn_client *c, const struct batch *b, uint32_t 
         publish(c, slots[i], b->ref[i]);
     cn_fence_reader(); /* pairs with cn_fence_keeper() in cn_unlink_flush() */
     uint32_t good = 0;
-    uint64_t bytes = 0;
     uint64_t word;
     while (good < got && valid(c, b->ref[good], &word) &&
            fill_view(c, b->ref[good], word, slots[good], &ret_views[good]) == CN_OK)
-        bytes += ret_views[good++].bytes;
+        count_leased(c, &ret_views[good++]);
     for (uint32_t i = good; i < got; i++)
         clear_slot(c, slots[i]);
     slots_put(c, slots + good, got - good);
     if (got < n)
         count(&c->head->lease_refused, n - got);
-    count_leased(c, bytes);
     for (uint32_t i = 0; i < good; i++)
         log_access(c, b->ref[i]);
     return good;
@@ -423,7 +487,9 @@ int cn_lease_many(struct cn_client *c, uint32_t ns_slot, const uint8_t *keys, ui
     while (done < key_count) {
         uint32_t n = key_count - done < BATCH ? key_count - done : BATCH;
         batch_prefetch(c, ns_slot, keys + (size_t)done * CN_KEY_BYTES, n, &b);
-        uint32_t found = batch_allowed(c, &b, batch_find(c, ns_slot, n, &b));
+        uint32_t present = batch_find(c, ns_slot, n, &b);
+        uint32_t found = batch_allowed(c, &b, present);
+        count(&c->head->lease_refused, present - found);
         uint32_t good = batch_take(c, &b, found, ret_views + done);
         done += good;
         if (good < n)
@@ -433,42 +499,4 @@ int cn_lease_many(struct cn_client *c, uint32_t ns_slot, const uint8_t *keys, ui
         count(&c->head->misses, 1);
     *ret_count = done;
     return CN_OK;
-}
-
-/* ---- what a view offers besides its bytes --------------------------------- */
-
-int cn_view_meta(const struct cn_client *c, const struct cn_view *view, const void **ret_meta,
-                 uint32_t *ret_bytes)
-{
-    uint32_t d = cn_ref_d(view->ref);
-    if (d >= c->catalog.chunk_count)
-        return CN_EINVAL;
-    *ret_meta = NULL;
-    *ret_bytes = 0;
-    if ((view->flags & CN_CF_META) == 0)
-        return CN_OK;
-    const struct cn_cold *cold = &c->catalog.cold[d];
-    uint64_t meta_off = (view->bytes + CN_CACHELINE - 1) / CN_CACHELINE * CN_CACHELINE;
-    uint32_t bytes = cold->meta_bytes;
-    if (bytes > CN_META_BYTES_MAX || meta_off + bytes > (uint64_t)cold->extent_pages * 4096)
-        return CN_ECORRUPT;
-    uint32_t region = cn_place_region(cn_load_relaxed(&c->catalog.chunks[d].place));
-    uint64_t off = cn_load_relaxed(&c->catalog.chunks[d].data_off);
-    if (region >= c->region_count || off + meta_off + bytes > c->ro[region].bytes)
-        return CN_ECORRUPT;
-    *ret_meta = (const uint8_t *)view->data + meta_off;
-    *ret_bytes = bytes;
-    return CN_OK;
-}
-
-int cn_view_verify(const struct cn_client *c, const struct cn_view *view)
-{
-    uint32_t d = cn_ref_d(view->ref);
-    if (d >= c->catalog.chunk_count)
-        return CN_EINVAL;
-    const struct cn_chunk *chunk = &c->catalog.chunks[d];
-    if ((cn_word_flags(cn_load_acquire(&chunk->word)) & CN_CF_CRC) == 0)
-        return CN_EMISS;
-    uint32_t recorded = (uint32_t)(cn_load_relaxed(&chunk->size_crc) >> 32);
-    return cn_crc32c(0, view->data, view->bytes) == recorded ? CN_OK : CN_ELOST;
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Putting a chunk: an extent from the stock, the caller's bytes, one ring record. */
 #include "cn_client.h"
-#include "cn_copy.h"
+#include "cn_region.h"
 
 #define ANSWER_MS 20u /* for a keeper to answer a WANT, whatever wait_ms says */
 #define RETRY_MS 2u   /* between two WANTs while the pool is full */
@@ -113,9 +113,9 @@ int cn_reserve(struct cn_client *c, uint64_t data_bytes, uint32_t meta_bytes, ui
         return CN_EACCES;
     if (data_bytes == 0 || meta_bytes > CN_META_BYTES_MAX)
         return CN_EINVAL;
-    if (data_bytes > CN_CHUNK_BYTES_MAX || data_bytes > c->catalog.super->capacity_bytes)
-        return CN_ETOOBIG;
     uint64_t extent_bytes = extent_for(data_bytes, meta_bytes);
+    if (data_bytes > CN_CHUNK_BYTES_MAX || extent_bytes > c->largest_bytes)
+        return CN_ETOOBIG;
     if (take_from_stock(c, extent_bytes, ret_grant))
         return CN_OK;
     uint64_t deadline_ns = cn_now_ns() + (uint64_t)wait_ms * 1000000u;
@@ -153,25 +153,26 @@ int cn_commit(struct cn_client *c, const struct cn_put *put, uint32_t wait_ms)
     if (put->ns_slot >= CN_NAMESPACES_MAX || put->data_bytes == 0 ||
         put->data_bytes > CN_CHUNK_BYTES_MAX || put->meta_bytes > CN_META_BYTES_MAX)
         return CN_EINVAL;
+    struct cn_record record; /* every field by itself: zeroing all of it first costs more */
     int32_t priority = put->priority;
-    struct cn_record record = {
-        .op = CN_OP_COMMIT,
-        .flags = (uint8_t)put->flags,
-        .priority = (int8_t)(priority < -128  ? -128
-                             : priority > 127 ? 127
-                                              : priority),
-        .ns_slot = (uint16_t)put->ns_slot,
-        .meta_bytes = (uint16_t)put->meta_bytes,
-        .grant = put->ref,
-        .data_bytes = (uint32_t)put->data_bytes,
-        .crc32c = put->crc32c,
-        .position = put->position,
-        .ttl_s = put->ttl_s,
-    };
+    record.op = CN_OP_COMMIT;
+    record.flags = (uint8_t)put->flags;
+    record.priority = (int8_t)(priority < -128 ? -128 : priority > 127 ? 127 : priority);
+    record.reserved0 = 0;
+    record.ns_slot = (uint16_t)put->ns_slot;
+    record.meta_bytes = (uint16_t)put->meta_bytes;
+    record.grant = put->ref;
     memcpy(record.key, put->key, CN_KEY_BYTES);
+    record.data_bytes = (uint32_t)put->data_bytes;
+    record.crc32c = put->crc32c;
+    record.position = put->position;
+    record.ttl_s = put->ttl_s;
+    record.cookie = record.arg = record.reserved[0] = record.reserved[1] = 0;
     if (put->parent_key != NULL) {
         memcpy(record.parent_key, put->parent_key, CN_KEY_BYTES);
         record.flags |= CN_RF_PARENT;
+    } else {
+        memset(record.parent_key, 0, CN_KEY_BYTES);
     }
     return cn_submit(c, &record, wait_ms);
 }
@@ -184,10 +185,11 @@ int cn_abort(struct cn_client *c, uint64_t ref)
     return cn_submit(c, &record, ANSWER_MS);
 }
 
-static int put_one(struct cn_client *c, const struct cn_put_many *args, uint32_t i)
+static int put_one(struct cn_client *c, const struct cn_put_many *args, uint32_t i,
+                   uint32_t left_ms)
 {
     struct cn_grant grant;
-    int status = cn_reserve(c, args->data_bytes[i], 0, args->wait_ms, &grant);
+    int status = cn_reserve(c, args->data_bytes[i], 0, left_ms, &grant);
     if (status != CN_OK)
         return status;
     struct cn_put put = {
@@ -202,13 +204,13 @@ static int put_one(struct cn_client *c, const struct cn_put_many *args, uint32_t
         .priority = args->priority,
         .flags = args->flags,
     };
-    if (args->crc != 0) {
-        put.crc32c = cn_copy_in_crc32c(grant.data, args->data[i], put.data_bytes);
+    if (args->crc != 0)
         put.flags |= CN_RF_CRC;
-    } else {
-        cn_copy_in(grant.data, args->data[i], put.data_bytes);
-    }
-    status = cn_commit(c, &put, args->wait_ms > ANSWER_MS ? args->wait_ms : ANSWER_MS);
+    status = args->crc != 0
+                 ? cn_guarded_copy_in_crc32c(grant.data, args->data[i], put.data_bytes, &put.crc32c)
+                 : cn_guarded_copy_in(grant.data, args->data[i], put.data_bytes);
+    if (status == CN_OK)
+        status = cn_commit(c, &put, left_ms > ANSWER_MS ? left_ms : ANSWER_MS);
     if (status != CN_OK)
         cn_abort(c, grant.ref);
     return status;
@@ -219,8 +221,9 @@ int cn_put_many(struct cn_client *c, const struct cn_put_many *args, uint32_t *r
     *ret_count = 0;
     if (args->key_count > CN_KEYS_PER_CALL_MAX)
         return CN_ELIMIT;
+    uint64_t deadline_ns = cn_now_ns() + (uint64_t)args->wait_ms * 1000000u;
     for (uint32_t i = 0; i < args->key_count; i++) {
-        int status = put_one(c, args, i);
+        int status = put_one(c, args, i, cn_left_ms(deadline_ns));
         if (status != CN_OK)
             return status;
         *ret_count = i + 1;

@@ -9,9 +9,6 @@
 
 #include "cn_keeper.h"
 
-#define DEATH_LOOK_NS 5000000ull        /* 5 ms between looks at a lock that should become free */
-#define DEATH_LOOK_MAX_NS 1000000000ull /* a closed socket of a living process: rarely */
-
 /* ---- records -------------------------------------------------------------- */
 
 static uint32_t find_for(struct cn_keeper *k, const struct cn_session *s, const struct cn_record *r)
@@ -323,7 +320,7 @@ int cn_do_session_hint(struct cn_keeper *k, void *args)
         return CN_EMISS;
     struct cn_session *s = k->sessions[hint->session];
     s->death_check_ns = k->monotonic_ns;
-    s->death_period_ns = DEATH_LOOK_NS;
+    s->death_period_ns = CN_DEATH_LOOK_NS;
     return CN_OK;
 }
 

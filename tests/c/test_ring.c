@@ -44,12 +44,12 @@ static void a_full_ring_refuses_and_heals(void)
     struct bed bed = bed_open(4 * MIB, 256, 64, "lru");
     struct bed_session s = bed_attach(&bed, CN_ROLE_WRITER);
     for (uint32_t i = 0; i < CN_RING_RECORDS; i++)
-        CHECK_EQ(submit(s.client, CN_OP_ABORT, 0, 0), CN_OK);
-    CHECK_EQ(submit(s.client, CN_OP_ABORT, 0, 0), CN_ERING);
-    CHECK_EQ(submit(s.client, CN_OP_ABORT, 0, 3), CN_ERING);
+        CHECK_EQ(submit(s.client, CN_OP_NOP, 0, 0), CN_OK);
+    CHECK_EQ(submit(s.client, CN_OP_NOP, 0, 0), CN_ERING);
+    CHECK_EQ(submit(s.client, CN_OP_NOP, 0, 3), CN_ERING);
     CHECK_EQ(cn_flush(s.client, 1), CN_ETIME);
     CHECK(cn_keeper_step(bed.keeper) >= (int)CN_ROUND_RECORDS);
-    CHECK_EQ(submit(s.client, CN_OP_ABORT, 0, 0), CN_OK);
+    CHECK_EQ(submit(s.client, CN_OP_NOP, 0, 0), CN_OK);
     bed_settle(&bed);
     CHECK_EQ(cn_flush(s.client, 0), CN_OK);
     CHECK_EQ(bed.keeper->sessions[s.session]->sub_head, CN_RING_RECORDS + 1);

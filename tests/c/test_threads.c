@@ -36,6 +36,7 @@ static struct cn_client *join_client(struct bed *bed, uint8_t *segment, int door
     c->comp = (void *)(segment + cn_session_comp_off(c->lease_slots));
     c->access_log = (void *)(segment + cn_session_access_off(c->lease_slots));
     c->region_count = 1;
+    c->largest_bytes = bed->format.regions[0].bytes;
     c->ro[0] = c->rw[0] = (struct cn_mapping){bed->region, bed->format.regions[0].bytes};
     c->slot_next = calloc(c->lease_slots, sizeof(*c->slot_next));
     c->slot_bytes = calloc(c->lease_slots, sizeof(*c->slot_bytes));
