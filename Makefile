@@ -15,7 +15,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.cenote-setup
 DEMO_STAMP := $(VENV)/.cenote-demo
 NATIVE := $(wildcard cffi_src/include/*.h cffi_src/src/*.[ch] cffi_src/lease/*.[ch] cffi_src/ffi/build_core.py)
-C_FILES := $(wildcard cffi_src/*/*.[ch] tests/c/*.[ch] tests/c/*/*.[ch] tests/model/*.[ch] bench/c/*.[ch])
+C_FILES := $(wildcard cffi_src/*/*.[ch] tests/c/*.[ch] tests/c/*/*.[ch] tests/model/*.[ch] tests/fuzz/*.[ch] bench/c/*.[ch])
 C_SOURCES := $(wildcard cffi_src/src/*.c)
 C_FLAGS := -std=gnu11 -D_GNU_SOURCE= -O2 -Icffi_src/include -Icffi_src/src
 LEASE_FLAGS = -DPy_LIMITED_API=0x030b0000 -isystem $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("include"))')
@@ -56,6 +56,7 @@ dev: $(STAMP)  ## compile the C core again where it changed
 	fi
 	@$(PY) setup.py -q build_clib build_ext --inplace
 	@$(PY) cffi_src/ffi/gen_stub.py
+	@$(PY) cffi_src/ffi/gen_layout_doc.py
 
 demo: setup $(DEMO_STAMP)  ## two real models share their KV cache; installs torch and transformers first
 	$(BIN)/cenote demo $(ARGS)
@@ -88,6 +89,7 @@ lint: setup lint-c  ## ruff, mypy, import-linter, clang-format, clang-tidy, the 
 	mypy typings/cenote setup.py $(PYTHON_TREES)
 	lint-imports
 	$(PY) cffi_src/ffi/gen_stub.py --check
+	$(PY) cffi_src/ffi/gen_layout_doc.py --check
 
 .PHONY: lint-c
 lint-c: $(STAMP)

@@ -116,10 +116,12 @@ class AsyncPut:
 
     async def commit(self) -> None:
         """As `Put.commit`."""
-        if self.put.nbytes <= INLINE_COPY_BYTES and self.put.ring_is_roomy():
-            self.put.commit()
+        put = self.put
+        # In a forked child the ring is not mapped, and the threads are not there (I13).
+        if put.forked or (put.nbytes <= INLINE_COPY_BYTES and put.ring_is_roomy()):
+            put.commit()
         else:
-            await self._threads.run(self.put.commit)
+            await self._threads.run(put.commit)
 
     def abort(self) -> None:
         """As `Put.abort`."""

@@ -308,15 +308,16 @@ class Link:
             _links.discard(self)
 
     def _sleep_until_lost(self) -> None:
+        if self._stop.is_set():
+            return  # close() came while we reconnected, and that may have taken its wake-up
         channel = self._channel
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         # A descriptor that another thread closed and the kernel gave out again is woken by _wake.
         descriptor = -1 if channel is None else channel.fileno()
-        if descriptor < 0 and not self._stop.is_set():
+        if descriptor < 0:
             return
-        if descriptor >= 0:
-            poll.register(descriptor, select.POLLRDHUP)
+        poll.register(descriptor, select.POLLRDHUP)
         poll.poll()
         if self._channel is not None and not self._stop.is_set():
             self._channel.close()
@@ -361,6 +362,7 @@ class Link:
 
     def after_fork_in_child(self) -> None:
         """Close the parent's descriptors: the daemon must see the parent's end, not the child's."""
+        self._stop = threading.Event()  # the thread may have held the lock of the old one
         self._stop.set()
         channel, self._channel = self._channel, None
         if channel is not None:

@@ -140,6 +140,11 @@ class Put:
         self.state = "committed"
         self._reservation.commit(self._record, crc, self._wait_ms)
 
+    @property
+    def forked(self) -> bool:
+        """Is this process a forked child of the one that reserved? Then commit() says so (I13)."""
+        return self._attachment.handle.forked
+
     def ring_is_roomy(self) -> bool:
         """Can commit() be expected not to wait?"""
         return self._attachment.handle.ring_is_roomy()

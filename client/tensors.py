@@ -39,7 +39,7 @@ def numpy_of(
 
 def _numpy_dtype(np: Any, dtype: DTypeLike) -> np.dtype[Any]:
     try:
-        return np.dtype(dtype)  # type: ignore[no-any-return]  # np is Any: imported where it is used
+        return np.dtype(dtype)  # type: ignore[no-any-return]  # np is Any: a lazy import
     except TypeError:
         if not isinstance(dtype, str):
             raise

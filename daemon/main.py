@@ -118,11 +118,15 @@ class Daemon:
             return
 
         def tick() -> None:
-            for served in self._pools:
-                served.check()
-            systemd.notify("WATCHDOG=1")
+            loop.call_later(period_s, tick)  # first: one failed look must not be the last
+            try:
+                for served in self._pools:
+                    served.check()
+                systemd.notify("WATCHDOG=1")
+            except (CenoteError, OSError) as error:
+                remark = "the watchdog gets no answer"
+                log.error("check_failed", exc=error, remark=remark)  # noqa: TRY400 - our log
             logs.flush()
-            loop.call_later(period_s, tick)
 
         tick()
 
@@ -134,12 +138,14 @@ class Daemon:
         self._done.set()
 
     def _destroyed(self, served: ServedPool) -> None:
+        if served not in self._pools:
+            return  # a second administrator was as fast
+        self._pools.remove(served)
         task = asyncio.get_running_loop().create_task(self._end(served))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _end(self, served: ServedPool) -> None:
-        self._pools.remove(served)
         await served.close("destroyed")
         if not self._pools and self._done is not None:
             self._done.set()
@@ -150,10 +156,11 @@ class Daemon:
         try:
             found = config_reload.diff(self._config, config_sources.load(self._argv).config)
             self._apply(found)
-        except (ConfigError, SaltError, CenoteError, SystemExit) as error:
+        except (ConfigError, SaltError, CenoteError, OSError, SystemExit) as error:
             remark = "the old configuration stays in force"
             log.error("reload_failed", exc=error, remark=remark)  # noqa: TRY400 - our log
-        systemd.notify("READY=1")
+        finally:
+            systemd.notify("READY=1")
 
     def _apply(self, found: config_reload.Reload) -> None:
         by_name = {pool.name: pool for pool in found.config.pools}

@@ -154,7 +154,8 @@ class ServedPool:
 
     def check(self) -> None:
         """Have the keeper answer: if it does not, neither do we answer the watchdog."""
-        self.host.counters()
+        if self._host is not None:  # else it is being closed
+            self._host.counters()
 
     def reload(self, pool: PoolConfig) -> None:
         """

@@ -352,16 +352,18 @@ class PoolServer:
         sock.setblocking(False)
         try:
             peer = peer_of(sock)
-        except OSError:
-            sock.close()
+        except OSError as error:
+            log.warning("peer_unknown", pool=self.service.host.name, exc=error)
+            self._turn_away(
+                sock,
+                Refusal("access", "the kernel did not tell the daemon who you are: see its log"),
+            )
             return
         stranger = self.service.config.access.role_of(peer.uid, peer.gids) is None
         full = self._full(peer.uid, stranger)
         if full:
             log.warning("connection_refused", pool=self.service.host.name, uid=peer.uid, why=full)
-            with contextlib.suppress(OSError):
-                sock.send(encode(failure(0, Refusal("limit", full))), socket.MSG_NOSIGNAL)
-            sock.close()
+            self._turn_away(sock, Refusal("limit", full))
             return
         self._by_uid[peer.uid] += 1
         self._ungreeted[peer.uid] += 1
@@ -369,6 +371,12 @@ class PoolServer:
         self._connections.add(connection)
         if stranger:
             self._strangers.add(connection)
+
+    def _turn_away(self, sock: socket.socket, refusal: Refusal) -> None:
+        """Say why, if it goes at once, and hang up."""
+        with contextlib.suppress(OSError):
+            sock.send(encode(failure(0, refusal)), socket.MSG_NOSIGNAL)
+        sock.close()
 
     def _full(self, uid: int, stranger: bool) -> str:
         """Return which limit forbids another connection of *uid*, or ""."""
@@ -411,7 +419,10 @@ class PoolServer:
 
     def access_changed(self) -> None:
         """Admit whom the new rules admit; who lost a role is sent away, and may come again."""
-        self.path.chmod(self._mode())
+        try:
+            self.path.chmod(self._mode())
+        except OSError as error:  # somebody removed it; the rules hold all the same
+            log.warning("socket_mode_not_set", pool=self.service.host.name, exc=error)
         for connection in list(self._connections):
             caller = connection.caller
             if caller.role and not self.service.access.still_allows(caller.peer, caller.role):

@@ -16,6 +16,7 @@ from typing import Any, Final
 from cenote.shm.errors import LimitReached, ManifestMismatch, PoolGone
 from cenote.shm.host import SERVER, PoolHost, SessionOffer
 from cenote.shm.identity import Peer, pid_of_pidfd, start_ns
+from cenote.shm.manifest import namespace_id
 from cenote.shm.manifest import parse as parse_manifest
 from cenote.shm.media import NoRoom
 from cenote.shm.messages import ROLES, Hello, parse_hello, parse_namespace
@@ -77,7 +78,7 @@ class PoolService:
         self._destroyed = destroyed
         self._started_s = time.monotonic()
         self._ours = new_hello(SERVER)
-        self._slots_of: dict[int, set[int]] = {}  # by uid
+        self._namespaces_of: dict[int, set[bytes]] = {}  # ids by uid
         self._quota_of: dict[int, Peer] = {}  # who opened the namespace in a slot first
         self._answers: Mapping[str, Callable[[Caller, Mapping[str, Any]], dict[str, Any]]] = {
             "namespace": self._namespace,
@@ -223,14 +224,14 @@ class PoolService:
         except ValueError as error:
             raise Refusal("bad_request", f"the field 'manifest': {error}") from error
         uid = caller.peer.uid
-        slots = self._slots_of.setdefault(uid, set())
-        if len(slots) >= NAMESPACES_PER_UID_MAX:
+        tenant = self.access.tenant_of(caller.peer)
+        own = self._namespaces_of.setdefault(uid, set())
+        if len(own) >= NAMESPACES_PER_UID_MAX and namespace_id(packed, tenant.salt) not in own:
             raise Refusal(
                 "limit",
-                f"uid {uid} opened {len(slots)} namespaces of pool {self.host.name!r}, as many as "
-                "one user may until the daemon restarts: use fewer manifests",
+                f"uid {uid} opened {len(own)} namespaces of pool {self.host.name!r}, as many as "
+                "one user may until the daemon restarts: use one of those, or fewer manifests",
             )
-        tenant = self.access.tenant_of(caller.peer)
         writes = caller.role != "reader"
         try:
             slot, ident = self.host.open_namespace(
@@ -244,7 +245,7 @@ class PoolService:
         except ManifestMismatch as error:
             fields = {key: list(pair) for key, pair in error.fields.items()}
             raise Refusal("manifest_mismatch", str(error), fields) from error
-        slots.add(slot)
+        own.add(ident)
         self._quota_of.setdefault(slot, caller.peer)
         return {"slot": slot, "namespace_id": ident}
 

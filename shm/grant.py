@@ -239,9 +239,7 @@ def guard_copies() -> None:
     """
     failed = _ffi.new("struct cn_syserr *")
     for lib in (_lib, _short.lib):  # each module links a guard of its own; installs chain
-        errors.check(
-            lib.cn_guard_install(failed), "install the SIGBUS handler", errno=failed.err
-        )
+        errors.check(lib.cn_guard_install(failed), "install the SIGBUS handler", errno=failed.err)
     _lease.install_guard()
 
 

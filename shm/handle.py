@@ -40,6 +40,7 @@ OP_DELETE: Final = _core.lib.CN_OP_DELETE
 EVENTS_A_READ: Final = 256
 
 _POOL_ID_OFF: Final = _core.ffi.offsetof("struct cn_super", "pool_id")
+_STATES_WITH_KEY: Final = (_core.lib.CN_LIVE, _core.lib.CN_DYING)
 _CHUNK_BYTES: Final = _core.ffi.sizeof("struct cn_chunk")
 _NAMESPACE_BYTES: Final = _core.ffi.sizeof("struct cn_namespace")
 
@@ -116,17 +117,26 @@ def is_forked(mapping: Mapping) -> bool:
 
 
 def key_of(mapping: Mapping, ref: int) -> bytes | None:
-    """Return the key of the chunk that *ref* names, or None when the descriptor moved on."""
+    """
+    Return the key of the chunk that *ref* names, or None when the descriptor moved on.
+
+    Good without a lease: the chunk has its key only while its word is LIVE or DYING.
+    """
     super_ = _core.ffi.cast("struct cn_super *", mapping.catalog)
     index, generation = ref & 0xFFFFFFFF, ref >> 32
     if index >= super_.chunk_count:
         return None
     at = mapping.catalog + super_.chunks_off + index * _CHUNK_BYTES
     chunk = _core.ffi.cast("struct cn_chunk *", at)
-    before = chunk.word >> 32
+    if not _has_key(chunk.word, generation):
+        return None
     key = bytes(_core.ffi.buffer(chunk.key))
-    # The keeper writes a key only after it bumped the generation: equal before and after is enough.
-    return key if before == generation == chunk.word >> 32 else None
+    return key if _has_key(chunk.word, generation) else None
+
+
+def _has_key(word: int, generation: int) -> bool:
+    """Is this the word of a chunk of *generation* that was committed and is not free yet?"""
+    return word >> 32 == generation and word >> 24 & 0xFF in _STATES_WITH_KEY
 
 
 class Handle(Generic[ChunkT]):

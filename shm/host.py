@@ -396,7 +396,9 @@ class PoolHost:
             check(status, f"open namespace {name!r} of pool {self.name!r}")
         return int(args.ret_slot), ident
 
-    def _bound_elsewhere(self, name: str, given: bytes, ident: bytes, slot: int) -> ManifestMismatch:
+    def _bound_elsewhere(
+        self, name: str, given: bytes, ident: bytes, slot: int
+    ) -> ManifestMismatch:
         base = _core.ffi.cast("char *", self._catalog) + self._catalog.namespaces_off
         bound = _core.ffi.cast("struct cn_namespace *", base)[slot]
         manifest = bytes(_core.ffi.buffer(bound.manifest, bound.manifest_bytes))

@@ -7,6 +7,8 @@ Nothing here is a proof of death: that is the liveness lock (I6).
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import socket
 import struct
@@ -18,6 +20,7 @@ from typing import Final
 PROC: Final = Path("/proc")
 SO_PEERGROUPS: Final = 59  # Linux 4.13; the socket module has no name for it
 GROUPS_MAX: Final = 65_536  # NGROUPS_MAX of the kernel
+GROUPS_IN_PYTHON: Final = 256  # socket.getsockopt takes 1,024 bytes at most
 _UCRED: Final = struct.Struct("iII")
 _GID_BYTES: Final = 4
 _STAT_START_TICKS: Final = 22 - 3  # field 22 of proc(5) stat, counted behind the command's name
@@ -46,14 +49,33 @@ def peer_of(sock: socket.socket) -> Peer:
 
 
 def _peer_groups(sock: socket.socket) -> Iterator[int]:
-    """Not those of the user data base: asking it may block, and a process can have fewer."""
-    size = 64 * _GID_BYTES
+    """
+    Not those of the user data base: asking it may block, and a process can have fewer. Not those
+    in /proc either: by now its pid may be another process's.
+    """
+    size = GROUPS_IN_PYTHON * _GID_BYTES
     try:
         packed = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, size)
-    except OSError:  # more than 64: ERANGE
-        packed = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GROUPS_MAX * _GID_BYTES)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        packed = _many_peer_groups(sock)
     for (gid,) in struct.iter_unpack("I", packed):
         yield gid
+
+
+def _many_peer_groups(sock: socket.socket) -> bytes:
+    """Ask past Python, whose getsockopt has no room for more than 256 groups."""
+    found = ctypes.create_string_buffer(GROUPS_MAX * _GID_BYTES)
+    length = ctypes.c_uint32(len(found))
+    libc = ctypes.CDLL(None, use_errno=True)
+    status = libc.getsockopt(
+        sock.fileno(), socket.SOL_SOCKET, SO_PEERGROUPS, found, ctypes.byref(length)
+    )
+    if status != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"SO_PEERGROUPS: {os.strerror(code)}")
+    return found.raw[: length.value]
 
 
 def start_ns(pid: int, proc: Path = PROC) -> int:

@@ -31,7 +31,8 @@ TEXT_SUFFIXES: Final = {
 
 # The order of memory accesses has one home; everything else calls it.
 MEMORY_ORDER: Final = re.compile(
-    r"\b(__atomic_\w+|__sync_\w+|atomic_\w+|_Atomic|stdatomic|volatile|memory_order\w*|__ATOMIC_\w+)\b"
+    r"\b(__atomic_\w+|__sync_\w+|atomic_\w+|_Atomic|stdatomic|volatile|memory_order\w*"
+    r"|__ATOMIC_\w+)\b"
 )
 BANNED_IN_C: Final = {
     "alloca": "sizes its frame by data",

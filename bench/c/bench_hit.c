@@ -129,7 +129,7 @@ static double dependent_hits(const struct bench *b)
         struct cn_view view;
         CHECK(cn_lease(b->client, b->bed.ns, b->keys + at * 32, &view) == CN_OK);
         cn_release(b->client, view.slot);
-        at = ((view.ref * 0x9e3779b97f4a7c15ull >> 40) + (uint64_t)i) % CALLS; /* no short cycle */
+        at = ((view.ref * 0x9e3779b97f4a7c15ull >> 40) + (uint64_t)(uint32_t)i) % CALLS;
     }
     return (now_ns() - start) / CALLS;
 }

@@ -2,7 +2,7 @@
 /*
  * How much of a region is lost to the shape of the slabs, for the KV sizes of named models?
  *
- *   bench_waste [region_gib]          default 64; prints JSON, exits with 1 above 0.5 % for any model
+ *   bench_waste [region_gib]    default 64; prints JSON, exits with 1 above 0.5 % for any model
  *
  * A chunk is 256 tokens of all layers of one rank. slab_waste is the tail of the best slab;
  * region_waste is measured: a region is filled with chunks of this one size until it is full, and

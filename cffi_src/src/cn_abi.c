@@ -75,17 +75,8 @@ static uint64_t fold_catalog(uint64_t print)
     return print;
 }
 
-static uint64_t fold_super(uint64_t print)
+static uint64_t fold_counters(uint64_t print)
 {
-    SIZE(cn_region_info);
-    FIELD(cn_region_info, bytes);
-    FIELD(cn_region_info, slabs_first);
-    FIELD(cn_region_info, page_bytes);
-    FIELD(cn_region_info, medium);
-    FIELD(cn_region_info, node);
-    FIELD(cn_region_info, visibility);
-    FIELD(cn_region_info, persistence);
-    FIELD(cn_region_info, owner);
     SIZE(cn_counters);
     FIELD(cn_counters, commits);
     FIELD(cn_counters, duplicates);
@@ -117,6 +108,20 @@ static uint64_t fold_super(uint64_t print)
     FIELD(cn_counters, waste_bytes);
     FIELD(cn_counters, access_lost);
     FIELD(cn_counters, wakeups);
+    return print;
+}
+
+static uint64_t fold_super(uint64_t print)
+{
+    SIZE(cn_region_info);
+    FIELD(cn_region_info, bytes);
+    FIELD(cn_region_info, slabs_first);
+    FIELD(cn_region_info, page_bytes);
+    FIELD(cn_region_info, medium);
+    FIELD(cn_region_info, node);
+    FIELD(cn_region_info, visibility);
+    FIELD(cn_region_info, persistence);
+    FIELD(cn_region_info, owner);
     SIZE(cn_super);
     FIELD(cn_super, magic);
     FIELD(cn_super, layout_version);
@@ -225,5 +230,5 @@ static uint64_t fold_constants(uint64_t print)
 uint64_t cn_abi_fingerprint(void)
 {
     uint64_t print = fold_constants(0xcbf29ce484222325ULL);
-    return fold_session(fold_super(fold_catalog(print)));
+    return fold_session(fold_super(fold_counters(fold_catalog(print))));
 }

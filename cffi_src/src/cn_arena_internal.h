@@ -11,7 +11,7 @@
  *   head_of     4 bytes a granule  head granule + 1 of the slab that covers it, 0 = none
  *   slabs       32 bytes a granule the slab whose head this granule is
  *   used_bits   64 bytes a granule 1 bit an extent of the slab that begins there; a slab has no
- *                                  extents than its granules have pages, so slabs never overlap here
+ *                                  more extents than its granules have pages: no overlap here
  *
  * Each class keeps the slabs that have room in a list, the empty ones last: allocation fills slabs
  * that hold something first, and whoever looks for an empty slab looks at the tail.

@@ -29,7 +29,8 @@ enum cn_isa {
  * From here on so does a copy out of the pool: the caller's buffer is larger than the caches of a
  * core, and copying plus reading it back once costs no more than with cached stores.
  */
-/* Below it the bytes may be cached, and there the C library is several times faster than our loop. */
+/* Below it the bytes may be cached, and there the C library is several times faster than our
+ * loop. */
 #define CN_COPY_OUT_WALK_BYTES ((size_t)2 * 1024 * 1024)
 #define CN_COPY_OUT_NT_BYTES ((size_t)16 * 1024 * 1024)
 

@@ -165,12 +165,12 @@ bool cn_shrink(struct cn_keeper *k)
 {
     if (k->count.live_bytes > k->high_bytes)
         k->shrinking = true;
+    if (k->count.live_bytes <= k->low_bytes)
+        k->shrinking = false;
     if (!k->shrinking || k->monotonic_ns < k->shrink_again_ns)
         return false;
-    if (k->count.live_bytes > k->low_bytes &&
-        cn_evict_batch(k, 0, k->count.live_bytes - k->low_bytes, CN_BY_POLICY) > 0)
+    if (cn_evict_batch(k, 0, k->count.live_bytes - k->low_bytes, CN_BY_POLICY) > 0)
         return true;
-    k->shrinking = false;
     k->shrink_again_ns = k->monotonic_ns + SHRINK_PAUSE_NS; /* all that is left is in use */
     return false;
 }

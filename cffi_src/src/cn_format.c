@@ -142,9 +142,13 @@ static int check_super(const struct cn_super *s, uint64_t catalog_bytes)
     if (s->lease_slots > CN_LEASE_SLOTS_MAX || s->event_count == 0 || s->event_count > 1u << 24 ||
         s->session_count != CN_SESSIONS_MAX || s->namespace_count != CN_NAMESPACES_MAX)
         return CN_ECORRUPT;
-    for (uint32_t i = 0; i < s->region_count; i++)
-        if (s->regions[i].bytes < CN_GRANULE_BYTES || s->regions[i].bytes > 1ULL << 50)
+    uint64_t first = 0;
+    for (uint32_t i = 0; i < s->region_count; i++) {
+        if (s->regions[i].bytes < CN_GRANULE_BYTES || s->regions[i].bytes > 1ULL << 50 ||
+            s->regions[i].slabs_first != first)
             return CN_ECORRUPT;
+        first += s->regions[i].bytes / CN_GRANULE_BYTES;
+    }
     return CN_OK;
 }
 

@@ -104,7 +104,8 @@ static uint32_t look_for_dead(struct cn_keeper *k)
             ended++;
             continue;
         }
-        /* Who lives and only closed its socket, or passed the mapping on, is looked at ever less. */
+        /* Who lives and only closed its socket, or passed the mapping on, is looked at ever
+         * less. */
         uint64_t most = s->exited ? CN_DEATH_LOOK_EXITED_NS : CN_DEATH_LOOK_MAX_NS;
         if (s->death_period_ns < most)
             s->death_period_ns *= 2;

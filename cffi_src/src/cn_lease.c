@@ -16,7 +16,8 @@
 #define HOT_PROBES 4u    /* claims tried before the free list is asked */
 #define BATCH 256u       /* keys looked up together, for the prefetches to overlap */
 
-/* The hit path calls nothing that returns to it and saves no registers; what is rare is jumped to. */
+/* The hit path calls nothing that returns to it and saves no registers; what is rare is jumped
+ * to. */
 #define HOT static inline __attribute__((always_inline))
 #define COLD static __attribute__((noinline))
 #define LIKELY(condition) __builtin_expect(!!(condition), 1)
@@ -36,8 +37,6 @@ void cn_slots_init(struct cn_client *c)
     cn_store_release(&c->head->lease_high, c->hot_slots);
 }
 
-static uint64_t next_head(uint64_t head, uint32_t slot) { return ((head >> 32) + 1) << 32 | slot; }
-
 /* Take up to count slots with one compare-and-swap; returns how many. */
 static uint32_t slots_take(struct cn_client *c, uint32_t count, uint32_t *ret_slots)
 {
@@ -49,7 +48,7 @@ static uint32_t slots_take(struct cn_client *c, uint32_t count, uint32_t *ret_sl
             ret_slots[taken++] = slot;
             slot = cn_load32_relaxed(&c->slot_next[slot]);
         }
-        if (taken == 0 || cn_cas(&c->free_head, &head, next_head(head, slot)))
+        if (taken == 0 || cn_cas(&c->free_head, &head, ((head >> 32) + 1) << 32 | slot))
             return taken;
     }
 }
@@ -63,15 +62,14 @@ static void slots_put(struct cn_client *c, const uint32_t *slots, uint32_t count
     uint64_t head = cn_load_relaxed(&c->free_head);
     do
         cn_store32_relaxed(&c->slot_next[slots[count - 1]], (uint32_t)head);
-    while (!cn_cas(&c->free_head, &head, next_head(head, slots[0])));
+    while (!cn_cas(&c->free_head, &head, ((head >> 32) + 1) << 32 | slots[0]));
 }
 
 /* ---- one lease ------------------------------------------------------------ */
 
 static void publish(struct cn_client *c, uint32_t slot, uint64_t ref)
 {
-    /* The keeper scans to this mark (I3): raised before the lease, and by compare-and-swap, so that
-     * of two threads that raise it neither lowers it, and none relies on one not yet stored. */
+    /* The keeper scans to this mark (I3): of two threads that raise it neither may lower it. */
     uint64_t high = cn_load_relaxed(&c->head->lease_high);
     while (slot >= high && !cn_cas(&c->head->lease_high, &high, (uint64_t)slot + 1))
         ;

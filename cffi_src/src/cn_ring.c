@@ -90,7 +90,8 @@ static bool ring_has_room(struct cn_client *c, uint64_t tail)
     return tail - cn_load_acquire(&c->head->sub_head) < CN_RING_RECORDS;
 }
 
-/* 128 bytes in eight moves; for an assignment gcc writes a string instruction, four times dearer. */
+/* 128 bytes in eight moves; for an assignment gcc writes a string instruction, four times
+ * dearer. */
 static inline void record_store(struct cn_record *to, const struct cn_record *from)
 {
     typedef uint64_t lane __attribute__((vector_size(16), may_alias, aligned(8)));

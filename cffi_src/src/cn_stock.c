@@ -34,8 +34,8 @@ uint32_t cn_revoke_stock(struct cn_keeper *k, const struct cn_session *except)
 }
 
 /*
- * One extent a row, and besides at most 1/64 of the pool in all rows, so that one large size does not
- * starve the others; with what is being filled, at most a quarter.
+ * One extent a row, and besides at most 1/64 of the pool in all rows, so that one large size does
+ * not starve the others; with what is being filled, at most a quarter.
  */
 static bool grant_allowed(const struct cn_keeper *k, const struct cn_session *s,
                           uint64_t extent_bytes, uint32_t filled)

@@ -65,7 +65,8 @@ SIZES: Final = {
 
 def prompt_of(seed: int, shared: int, tail: str) -> list[int]:
     """Return a prompt: *shared* tokens that depend on the seed alone, and a tail of its own."""
-    common, own = random.Random(f"{seed}"), random.Random(f"{seed} {tail}")  # noqa: S311 - a model's input
+    common = random.Random(f"{seed}")  # noqa: S311 - a model's input
+    own = random.Random(f"{seed} {tail}")  # noqa: S311 - the same
     ids = [common.randrange(VOCABULARY) for _ in range(shared)]
     return ids + [own.randrange(VOCABULARY) for _ in range(TAIL_TOKENS)]
 

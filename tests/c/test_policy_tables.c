@@ -89,6 +89,8 @@ static long resident_kib(void)
 
 static void an_unused_ghost_is_not_resident(void)
 {
+    if (getenv("CN_TEST_EMULATED") != NULL)
+        return; /* what is resident there is the emulator's, not ours */
     long before = resident_kib();
     struct cn_ghost *ghost = cn_ghost_create(UINT64_C(1) << 26); /* 256 MiB */
     struct cn_stamps *stamps = cn_stamps_create(UINT64_C(1) << 25);

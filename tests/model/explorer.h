@@ -10,15 +10,17 @@
  *   FLUSH x   the oldest store in x's FIFO store buffer becomes visible (x86-TSO)
  *   KILL x    task x ends here, as by SIGKILL, at most `crashes` times a schedule
  *
- *   machine.c     tasks, store buffers, memory that goes back to its first state, system calls
+ *   machine.c     tasks and store buffers
+ *   world.c       memory that goes back to its first state
+ *   syscalls.c    futex, doorbell, clock
  *   search.c      which schedules: depth first, dynamic partial-order reduction, sleep sets
  *   litmus.c      textbook programs whose results are known: is the explorer itself right?
  *   pool.c        a pool without mappings; scenarios.c what is tried on it; main.c the command
  *
  * A load sees its own task's buffered stores first; a fence, a locked operation or a system call
  * waits until the task's buffer is empty. Plain accesses between two atomic ones belong to the step
- * before them and are no points of interleaving: a scenario that wants to see single bytes reads and
- * writes them with cn_load_relaxed() and cn_store_relaxed().
+ * before them and are no points of interleaving: a scenario that wants to see single bytes reads
+ * and writes them with cn_load_relaxed() and cn_store_relaxed().
  */
 #ifndef CN_MODEL_EXPLORER_H
 #define CN_MODEL_EXPLORER_H
@@ -31,20 +33,20 @@
 #define AGENTS (3u * TASKS_MAX)
 #define STEPS_MAX 8000u
 
-/* ---- what a scenario says -------------------------------------------------------------------------- */
+/* ---- what a scenario says ------------------------------------------------- */
 
 struct scenario {
     const char *name;
     const char *claim;
-    void (*setup)(void);               /* once; all it makes is put back before each schedule */
+    void (*setup)(void); /* once; all it makes is put back before each schedule */
     void (*task[TASKS_MAX])(void);
     const char *task_name[TASKS_MAX];
-    void (*finish)(void);              /* at the end of each schedule, alone */
-    uint32_t mortal;                   /* bit a task: may be killed */
+    void (*finish)(void); /* at the end of each schedule, alone */
+    uint32_t mortal;      /* bit a task: may be killed */
     uint32_t crashes;
-    uint32_t buffer;                   /* stores a buffer holds, 0 = MODEL_BUFFER */
-    bool nightly;                      /* takes longer than a CI run should */
-    uint32_t outcomes_sc;              /* how many different model_outcome()s there must be */
+    uint32_t buffer;      /* stores a buffer holds, 0 = MODEL_BUFFER */
+    bool nightly;         /* takes longer than a CI run should */
+    uint32_t outcomes_sc; /* how many different model_outcome()s there must be */
     uint32_t outcomes_tso;
 };
 
@@ -53,6 +55,8 @@ struct scenario {
 /* Ended by NULL. */
 extern const struct scenario *const model_litmus[];
 extern const struct scenario *const model_scenarios[];
+/* A random program of a few steps; the same for the same seed. */
+const struct scenario *model_random_program(uint32_t seed);
 
 enum task_state { TASK_READY, TASK_DONE, TASK_KILLED };
 enum task_state model_task_state(uint32_t task);
@@ -74,19 +78,30 @@ _Noreturn void model_violation(const char *format, ...) __attribute__((format(pr
 /* The function and argument of the thread that setup "started" last (pthread_create is ours). */
 void model_run_thread(void);
 
-/* ---- between machine.c and search.c ----------------------------------------------------------------- */
+/* ---- between machine.c and search.c --------------------------------------- */
 
 enum agent_kind { AGENT_RUN, AGENT_FLUSH, AGENT_KILL };
 enum op_kind {
-    OP_START, OP_LOAD, OP_STORE, OP_CAS, OP_ADD, OP_FENCE, OP_WAIT, OP_WOKEN, OP_WAKE, OP_BELL,
-    OP_POLL, OP_FLUSH, OP_KILL
+    OP_START,
+    OP_LOAD,
+    OP_STORE,
+    OP_CAS,
+    OP_ADD,
+    OP_FENCE,
+    OP_WAIT,
+    OP_WOKEN,
+    OP_WAKE,
+    OP_BELL,
+    OP_POLL,
+    OP_FLUSH,
+    OP_KILL
 };
 
 struct op {
     enum op_kind kind;
     bool writes;
-    const uint64_t *cell;              /* the word of memory whose order matters, or NULL */
-    const void *addr;                  /* for the trace */
+    const uint64_t *cell; /* the word of memory whose order matters, or NULL */
+    const void *addr;     /* for the trace */
 };
 
 static inline uint32_t agent_of(enum agent_kind kind, uint32_t task)
@@ -94,18 +109,21 @@ static inline uint32_t agent_of(enum agent_kind kind, uint32_t task)
     return (uint32_t)kind * TASKS_MAX + task;
 }
 static inline uint32_t agent_task(uint32_t agent) { return agent % TASKS_MAX; }
-static inline enum agent_kind agent_kind(uint32_t agent) { return (enum agent_kind)(agent / TASKS_MAX); }
+static inline enum agent_kind agent_kind(uint32_t agent)
+{
+    return (enum agent_kind)(agent / TASKS_MAX);
+}
 
 enum outcome {
-    RUN_ENDED = 1,                     /* nobody can move any more, and finish() was content */
-    RUN_PRUNED,                        /* the search has seen an equivalent one */
-    RUN_GREW,                          /* a word turned out to be shared: begin again */
+    RUN_ENDED = 1, /* nobody can move any more, and finish() was content */
+    RUN_PRUNED,    /* the search has seen an equivalent one */
+    RUN_GREW,      /* a word turned out to be shared: begin again */
     RUN_VIOLATED,
     RUN_TOO_LONG
 };
 
 struct machine_options {
-    uint32_t buffer;                   /* 0: sequential consistency */
+    uint32_t buffer; /* 0: sequential consistency */
     uint32_t crashes;
 };
 
@@ -138,14 +156,17 @@ struct search_result {
     uint64_t schedules;
     uint64_t pruned;
     double seconds;
-    enum outcome outcome;              /* RUN_ENDED: all were explored */
-    bool stopped;                      /* by the time limit */
-    uint32_t outcomes;                 /* different ones */
+    enum outcome outcome; /* RUN_ENDED: all were explored */
+    bool stopped;         /* by the time limit */
+    uint32_t outcomes;    /* different ones */
 };
 
 /* seconds_max 0: no limit. */
 void search_all(const struct scenario *s, const struct machine_options *o, double seconds_max,
                 struct search_result *ret_result);
+/* The same without any reduction, for programs of a few steps. */
+void search_every_order(const struct scenario *s, const struct machine_options *o,
+                        struct search_result *ret_result);
 /* Integers: number of shared words, then one agent a step. Returns what the replay came to. */
 enum outcome search_replay(const struct scenario *s, const struct machine_options *o,
                            const uint32_t *list, uint32_t count);

@@ -1,108 +1,31 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The machine that scenarios run on: tasks, their store buffers, memory and system calls.
- *
- * Everything a scenario allocates lies in one mapping at a fixed address, the world. After setup() it
- * is write-protected; the first write to a page saves the page, and every page ever written is put
- * back before the next schedule. So a schedule costs microseconds, whatever the pool's size.
+ * The machine that scenarios run on: tasks, their store buffers, and the accesses of cn_atomic.h.
  *
  * While a task runs, its buffered stores lie in memory (so that its plain loads see them, too) and
  * are taken out again before anybody else runs: what others see is what was flushed.
  */
-#include <errno.h>
-#include <linux/futex.h>
-#include <pthread.h>
-#include <setjmp.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <ucontext.h>
-#include <unistd.h>
 
 #include "cn_atomic.h"
-#include "explorer.h"
-#include "pool.h"
+#include "machine.h"
 
-#define WORLD_ADDR ((uint8_t *)0x200000000000)
-#define WORLD_BYTES (64ull << 20)
-#define WORLD_WORDS (WORLD_BYTES / 8)
-#define PAGE 4096u
-#define PAGES (WORLD_BYTES / PAGE)
 #define STACK_BYTES (256u * 1024u)
-#define BUFFER_MAX 16u
-#define LABELS_MAX 64u
-#define TICK_NS 3000000u             /* each look at a clock: past every spin, below every deadline */
 
-struct store {
-    uint8_t *p;
-    uint64_t value;
-    uint64_t under;                  /* what memory holds for the others */
-    uint32_t bytes;
-    uint32_t step;
-};
-
-struct task {
-    enum task_state state;
-    bool started;
-    bool killed;
-    bool waits;                      /* in a futex */
-    bool woken;
-    uint32_t woken_by;
-    const void *futex;
-    struct op next;
-    struct store buffer[BUFFER_MAX + 1]; /* and its death */
-    uint32_t buffered;
-    uint64_t now_ns;
-    ucontext_t context;
-    jmp_buf jump;
-    uint8_t *stack;
-};
-
-struct world_head {                  /* first page of the world: goes back with the rest */
-    uint64_t used;
-    uint64_t dead[TASKS_MAX];
-    uint64_t bells;
-    uint64_t now_ns;                 /* of whoever runs alone */
-    void *(*thread)(void *);
-    void *thread_arg;
-};
-
-static struct world_head *const world = (struct world_head *)WORLD_ADDR;
 static const struct scenario *scenario;
 static struct machine_options options;
-static struct task tasks[TASKS_MAX];
-static int current = -1;             /* running task; -1: setup, finish or the search */
-static bool world_open;
+struct task tasks[TASKS_MAX];
+int current = -1;
 static jmp_buf main_jump;
 static char message[512];
 static uint32_t crashes;
 
-static uint8_t readers[WORLD_WORDS]; /* bit a task */
-static uint8_t writers[WORLD_WORDS];
-static bool shared[WORLD_WORDS];
-static uint32_t shared_words;
+/* ---- leaving a schedule --------------------------------------------------- */
 
-static uint8_t *saved[PAGES];
-static uint32_t dirty[PAGES];
-static uint32_t dirty_count;
-
-static struct {
-    const uint8_t *p;
-    size_t bytes;
-    size_t stride;
-    const char *name;
-} labels[LABELS_MAX];
-static uint32_t label_count;
-
-/* ---- leaving a schedule ------------------------------------------------------------------------------- */
-
-static _Noreturn void leave(enum outcome outcome)
+_Noreturn void leave(enum outcome outcome)
 {
     current = -1;
     _longjmp(main_jump, outcome);
@@ -117,165 +40,9 @@ void model_violation(const char *format, ...)
     leave(RUN_VIOLATED);
 }
 
-const char *machine_message(void)
-{
-    return message;
-}
+const char *machine_message(void) { return message; }
 
-/* ---- the world -------------------------------------------------------------------------------------- */
-
-void *__real_malloc(size_t bytes);
-void *__real_calloc(size_t count, size_t bytes);
-void *__real_realloc(void *p, size_t bytes);
-void *__real_aligned_alloc(size_t alignment, size_t bytes);
-void __real_free(void *p);
-void *__wrap_malloc(size_t bytes);
-void *__wrap_calloc(size_t count, size_t bytes);
-void *__wrap_realloc(void *p, size_t bytes);
-void *__wrap_aligned_alloc(size_t alignment, size_t bytes);
-void __wrap_free(void *p);
-
-static bool in_world(const void *p)
-{
-    return (const uint8_t *)p >= WORLD_ADDR && (const uint8_t *)p < WORLD_ADDR + WORLD_BYTES;
-}
-
-/* The length stands before each block, for realloc. Nothing is used twice: free does nothing. */
-static void *world_alloc(size_t bytes, size_t alignment)
-{
-    uint64_t off = (world->used + 8 + alignment - 1) / alignment * alignment;
-    if (off + bytes > WORLD_BYTES)
-        return NULL;
-    world->used = off + bytes;
-    memcpy(WORLD_ADDR + off - 8, &(uint64_t){bytes}, 8);
-    return WORLD_ADDR + off;
-}
-
-void *__wrap_malloc(size_t bytes)
-{
-    return world_open ? world_alloc(bytes, 64) : __real_malloc(bytes);
-}
-
-void *__wrap_calloc(size_t count, size_t bytes)
-{
-    if (!world_open)
-        return __real_calloc(count, bytes);
-    return world_alloc(count * bytes, 64); /* never used before, or put back: zero */
-}
-
-void *__wrap_aligned_alloc(size_t alignment, size_t bytes)
-{
-    return world_open ? world_alloc(bytes, alignment) : __real_aligned_alloc(alignment, bytes);
-}
-
-void *__wrap_realloc(void *p, size_t bytes)
-{
-    if (!world_open)
-        return __real_realloc(p, bytes);
-    void *fresh = world_alloc(bytes, 64);
-    if (p != NULL && fresh != NULL) {
-        uint64_t old;
-        memcpy(&old, (uint8_t *)p - 8, 8);
-        memcpy(fresh, p, old < bytes ? old : bytes);
-    }
-    return fresh;
-}
-
-void __wrap_free(void *p)
-{
-    if (!in_world(p))
-        __real_free(p);
-}
-
-static void on_fault(int signal_number, siginfo_t *info, void *context)
-{
-    (void)signal_number;
-    (void)context;
-    size_t page = in_world(info->si_addr) ? (size_t)((uint8_t *)info->si_addr - WORLD_ADDR) / PAGE : 0;
-    if (!in_world(info->si_addr) || saved[page] != NULL)
-        model_violation("fault at %p", info->si_addr);
-    saved[page] = __real_malloc(PAGE);
-    if (saved[page] == NULL)
-        abort();
-    memcpy(saved[page], WORLD_ADDR + page * PAGE, PAGE);
-    dirty[dirty_count++] = (uint32_t)page;
-    mprotect(WORLD_ADDR + page * PAGE, PAGE, PROT_READ | PROT_WRITE);
-}
-
-static void world_restore(void)
-{
-    for (uint32_t i = 0; i < dirty_count; i++)
-        memcpy(WORLD_ADDR + (size_t)dirty[i] * PAGE, saved[dirty[i]], PAGE);
-}
-
-static bool share(const void *p)
-{
-    size_t word = (size_t)((const uint8_t *)p - WORLD_ADDR) / 8;
-    if (!shared[word])
-        shared_words++;
-    shared[word] = true;
-    return true;
-}
-
-static void world_new(void)
-{
-    munmap(WORLD_ADDR, WORLD_BYTES);
-    void *map = mmap(WORLD_ADDR, WORLD_BYTES, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-    if (map != (void *)WORLD_ADDR)
-        abort();
-    world->used = PAGE;
-    for (uint32_t i = 0; i < dirty_count; i++) {
-        __real_free(saved[dirty[i]]);
-        saved[dirty[i]] = NULL;
-    }
-    dirty_count = 0;
-    memset(readers, 0, sizeof(readers));
-    memset(writers, 0, sizeof(writers));
-    memset(shared, 0, sizeof(shared));
-    shared_words = 0;
-    label_count = 0;
-    for (uint32_t i = 0; i < TASKS_MAX; i++)
-        share(&world->dead[i]);
-    share(&world->bells);
-}
-
-uint32_t machine_shared_words(void)
-{
-    return shared_words;
-}
-
-void model_label(const void *p, size_t bytes, size_t stride, const char *name)
-{
-    if (label_count == LABELS_MAX)
-        abort();
-    labels[label_count].p = p;
-    labels[label_count].bytes = bytes;
-    labels[label_count].stride = stride;
-    labels[label_count++].name = name;
-}
-
-/* The smallest labelled range that holds p. */
-void machine_name(const void *p, char *text, size_t bytes)
-{
-    size_t best = SIZE_MAX;
-    snprintf(text, bytes, "%p", p);
-    for (uint32_t i = 0; i < label_count; i++) {
-        size_t off = (size_t)((const uint8_t *)p - labels[i].p);
-        if ((const uint8_t *)p < labels[i].p || off >= labels[i].bytes || labels[i].stride >= best)
-            continue;
-        best = labels[i].stride;
-        size_t rest = off % labels[i].stride;
-        if (labels[i].stride == labels[i].bytes)
-            snprintf(text, bytes, "%s", labels[i].name);
-        else
-            snprintf(text, bytes, "%s[%zu]", labels[i].name, off / labels[i].stride);
-        if (rest != 0)
-            snprintf(text + strlen(text), bytes - strlen(text), "+%zu", rest);
-    }
-}
-
-/* ---- store buffers -------------------------------------------------------------------------------------- */
+/* ---- store buffers -------------------------------------------------------- */
 
 static void overlay_on(struct task *t)
 {
@@ -313,12 +80,9 @@ uint32_t machine_oldest_store(uint32_t task)
     return tasks[task].buffered == 0 ? 0 : tasks[task].buffer[0].step;
 }
 
-uint32_t machine_woken_by(uint32_t task)
-{
-    return tasks[task].woken_by;
-}
+uint32_t machine_woken_by(uint32_t task) { return tasks[task].woken_by; }
 
-/* ---- who can do what --------------------------------------------------------------------------------------- */
+/* ---- who can do what ------------------------------------------------------ */
 
 static bool run_enabled(const struct task *t)
 {
@@ -381,18 +145,15 @@ bool machine_next(uint32_t agent, struct op *ret_op)
     }
 }
 
-enum task_state model_task_state(uint32_t task)
-{
-    return tasks[task].state;
-}
+enum task_state model_task_state(uint32_t task) { return tasks[task].state; }
 
-/* ---- switching -------------------------------------------------------------------------------------------------- */
+/* ---- switching ------------------------------------------------------------ */
 
 static void task_main(void);
 
 /*
- * A task that is done may be killed, too: from there the search moves the kill to earlier steps. Its
- * death is seen after all it stored: the exit path of the kernel empties the buffer.
+ * A task that is done may be killed, too: from there the search moves the kill to earlier steps.
+ * Its death is seen after all it stored: the exit path of the kernel empties the buffer.
  */
 static void kill_task(struct task *t, uint32_t task)
 {
@@ -417,7 +178,7 @@ static void start(struct task *t)
 }
 
 /* Let the search move agents until it is the calling task's turn (self -1: the main program). */
-static void schedule(int self)
+void schedule(int self)
 {
     if (self >= 0)
         overlay_off(&tasks[self]);
@@ -425,8 +186,9 @@ static void schedule(int self)
         current = -1;
         int agent = search_choose();
         if (agent < 0)
-            leave(agent == CHOICE_END ? RUN_ENDED
-                                      : agent == CHOICE_PRUNE ? RUN_PRUNED : RUN_TOO_LONG);
+            leave(agent == CHOICE_END     ? RUN_ENDED
+                  : agent == CHOICE_PRUNE ? RUN_PRUNED
+                                          : RUN_TOO_LONG);
         uint32_t task = agent_task((uint32_t)agent);
         struct task *t = &tasks[task];
         if (agent_kind((uint32_t)agent) == AGENT_FLUSH) {
@@ -493,13 +255,11 @@ enum outcome machine_run(void)
 
 void machine_open(const struct scenario *s, const struct machine_options *o)
 {
-    struct sigaction action = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_NODEFER};
-    sigaction(SIGSEGV, &action, NULL);
     scenario = s;
     options = *o;
     for (uint32_t i = 0; i < TASKS_MAX; i++)
         if (tasks[i].stack == NULL)
-            tasks[i].stack = __real_aligned_alloc(PAGE, STACK_BYTES);
+            tasks[i].stack = aligned_alloc(4096, STACK_BYTES);
     world_new();
     world_open = true;
     if (_setjmp(main_jump) != 0) {
@@ -508,28 +268,10 @@ void machine_open(const struct scenario *s, const struct machine_options *o)
     }
     s->setup();
     world_open = false;
-    mprotect(WORLD_ADDR, WORLD_BYTES, PROT_READ);
+    world_protect();
 }
 
-/* ---- accesses: what cn_atomic.h calls -------------------------------------------------------------------------- */
-
-/* Is the word touched by two tasks, one of which writes? Found out on the way, for all schedules. */
-static bool is_shared(const void *p, bool writes)
-{
-    if (!in_world(p))
-        return false;
-    size_t word = (size_t)((const uint8_t *)p - WORLD_ADDR) / 8;
-    uint8_t bit = (uint8_t)(1u << current);
-    readers[word] |= bit;
-    if (writes)
-        writers[word] |= bit;
-    if (shared[word])
-        return true;
-    if (writers[word] == 0 || (readers[word] & (readers[word] - 1)) == 0)
-        return false;
-    share(p);
-    leave(RUN_GREW);
-}
+/* ---- accesses: what cn_atomic.h calls ------------------------------------- */
 
 /* A store of a task that may be killed right behind it: what comes after its death sees it. */
 static bool may_be_last(const void *p, bool writes)
@@ -537,8 +279,7 @@ static bool may_be_last(const void *p, bool writes)
     return writes && options.crashes > 0 && (scenario->mortal >> current & 1) != 0 && in_world(p);
 }
 
-/* Before an access: true if it is one whose order matters. Locked ones empty the buffer either way. */
-static bool at(enum op_kind kind, const void *p, bool writes)
+bool at(enum op_kind kind, const void *p, bool writes)
 {
     if (current < 0)
         return false;
@@ -581,15 +322,9 @@ uint32_t cn_model_load32(const uint32_t *p)
     return *p;
 }
 
-void cn_model_store(uint64_t *p, uint64_t v)
-{
-    store(p, v, 8);
-}
+void cn_model_store(uint64_t *p, uint64_t v) { store(p, v, 8); }
 
-void cn_model_store32(uint32_t *p, uint32_t v)
-{
-    store(p, v, 4);
-}
+void cn_model_store32(uint32_t *p, uint32_t v) { store(p, v, 4); }
 
 bool cn_model_cas(uint64_t *p, uint64_t *expected, uint64_t v)
 {
@@ -614,118 +349,6 @@ uint64_t cn_model_add(uint64_t *p, uint64_t v)
     return before;
 }
 
-void cn_model_fence(void)
-{
-    at(OP_FENCE, NULL, false);
-}
+void cn_model_fence(void) { at(OP_FENCE, NULL, false); }
 
-bool model_is_dead(uint32_t task)
-{
-    return cn_model_load(&world->dead[task]) != 0;
-}
-
-/* ---- system calls ------------------------------------------------------------------------------------------------- */
-
-int __wrap_clock_gettime(clockid_t clock, struct timespec *ret_time);
-int __real_clock_gettime(clockid_t clock, struct timespec *ret_time);
-long __wrap_syscall(long number, ...);
-ssize_t __wrap_write(int fd, const void *data, size_t bytes);
-ssize_t __real_write(int fd, const void *data, size_t bytes);
-int __wrap_epoll_wait(int fd, struct epoll_event *events, int events_max, int timeout_ms);
-int __wrap_pthread_create(pthread_t *ret_thread, const pthread_attr_t *attr, void *(*run)(void *),
-                          void *arg);
-
-int __wrap_clock_gettime(clockid_t clock, struct timespec *ret_time)
-{
-    if (!world_open)
-        return __real_clock_gettime(clock, ret_time);
-    uint64_t *now_ns = current < 0 ? &world->now_ns : &tasks[current].now_ns;
-    *now_ns += TICK_NS;
-    ret_time->tv_sec = (time_t)(*now_ns / 1000000000u);
-    ret_time->tv_nsec = (long)(*now_ns % 1000000000u);
-    return 0;
-}
-
-/* A sleep has no end but a wake-up: a lost one shows as a task that never goes on. */
-static long futex_wait(const uint32_t *futex, uint32_t seen)
-{
-    if (current < 0)
-        return -1;
-    struct task *t = &tasks[current];
-    at(OP_WAIT, futex, true);
-    if (*futex != seen)
-        return -1;
-    t->futex = futex;
-    t->waits = true;
-    t->woken = false;
-    t->next = (struct op){OP_WOKEN, false, NULL, futex};
-    schedule(current);
-    return 0;
-}
-
-static long futex_wake(const uint32_t *futex)
-{
-    if (current < 0)
-        return 0;
-    at(OP_WAKE, futex, true);
-    for (uint32_t i = 0; i < TASKS_MAX; i++) {
-        if (!tasks[i].waits || tasks[i].futex != futex)
-            continue;
-        tasks[i].waits = false;
-        tasks[i].woken = true;
-        tasks[i].woken_by = search_step();
-    }
-    return 0;
-}
-
-long __wrap_syscall(long number, ...)
-{
-    va_list args;
-    va_start(args, number);
-    const uint32_t *futex = va_arg(args, const uint32_t *);
-    int op = va_arg(args, int);
-    uint32_t value = va_arg(args, uint32_t);
-    va_end(args);
-    if (number != SYS_futex)
-        model_violation("system call %ld is not modelled", number);
-    return op == FUTEX_WAIT ? futex_wait(futex, value) : futex_wake(futex);
-}
-
-ssize_t __wrap_write(int fd, const void *data, size_t bytes)
-{
-    if (fd < POOL_DOORBELL_FD)
-        return __real_write(fd, data, bytes);
-    at(OP_BELL, &world->bells, true);
-    for (uint32_t i = 0; world->bells == 0 && i < TASKS_MAX; i++)
-        tasks[i].woken_by = tasks[i].next.kind == OP_POLL ? search_step() : tasks[i].woken_by;
-    world->bells = 1;
-    return (ssize_t)bytes;
-}
-
-/* Edge-triggered: any number of rings since the last look is one event. */
-int __wrap_epoll_wait(int fd, struct epoll_event *events, int events_max, int timeout_ms)
-{
-    (void)fd;
-    (void)events_max;
-    if (timeout_ms >= 0)
-        model_violation("the keeper sleeps with a timeout of %d ms: not modelled", timeout_ms);
-    at(OP_POLL, &world->bells, true);
-    world->bells = 0;
-    events[0] = (struct epoll_event){.events = EPOLLIN};
-    return 1;
-}
-
-int __wrap_pthread_create(pthread_t *ret_thread, const pthread_attr_t *attr, void *(*run)(void *),
-                          void *arg)
-{
-    (void)attr;
-    *ret_thread = pthread_self();
-    world->thread = run;
-    world->thread_arg = arg;
-    return 0;
-}
-
-void model_run_thread(void)
-{
-    world->thread(world->thread_arg);
-}
+bool model_is_dead(uint32_t task) { return cn_model_load(&world->dead[task]) != 0; }

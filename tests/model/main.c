@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * explore --list
- * explore [--nightly] [--seconds N]                  all scenarios (with two tasks, or with three too)
+ * explore [--nightly] [--seconds N]               all scenarios (of two tasks, or of three too)
  * explore SCENARIO [--sc] [--buffer N] [--crashes N] [--seconds N]
  * explore SCENARIO --expect-violation                a planted defect: it must be found, and replay
  * explore SCENARIO --replay 12,0,0,1,...             one schedule, as a violation printed it
@@ -96,14 +96,16 @@ static bool replay(const struct scenario *s, const struct arguments *a)
     struct machine_options o = options_for(s, a);
     uint32_t count = 0;
     char *text = strdup(a->replay);
-    for (char *word = strtok(text, ","); word != NULL && count <= STEPS_MAX; word = strtok(NULL, ","))
+    char *rest = NULL;
+    for (char *word = strtok_r(text, ",", &rest); word != NULL && count <= STEPS_MAX;
+         word = strtok_r(NULL, ",", &rest))
         list[count++] = (uint32_t)strtoul(word, NULL, 10);
     enum outcome outcome = count == 0 ? RUN_TOO_LONG : search_replay(s, &o, list, count);
     search_print_trace(s);
     printf("%s: %s\n", s->name,
-           outcome == RUN_VIOLATED  ? machine_message()
-           : outcome == RUN_ENDED ? "no violation"
-                                    : "this list is not from this build of this scenario");
+           outcome == RUN_VIOLATED ? machine_message()
+           : outcome == RUN_ENDED  ? "no violation"
+                                   : "this list is not from this build of this scenario");
     return outcome == RUN_ENDED;
 }
 
@@ -118,9 +120,34 @@ static bool self_check(const struct arguments *a)
     return good;
 }
 
+#define RANDOM_PROGRAMS 200u
+
+static bool random_check(void)
+{
+    struct search_result reduced, every;
+    uint64_t reduced_schedules = 0, every_schedules = 0;
+    for (uint32_t seed = 1; seed <= RANDOM_PROGRAMS; seed++) {
+        const struct scenario *s = model_random_program(seed);
+        struct machine_options o = {.buffer = seed % 5 == 0 ? 0 : 2, .crashes = s->crashes};
+        search_all(s, &o, 0, &reduced);
+        search_every_order(s, &o, &every);
+        reduced_schedules += reduced.schedules + reduced.pruned;
+        every_schedules += every.schedules;
+        if (reduced.outcomes == every.outcomes)
+            continue;
+        printf("random program %u: %u outcomes, %u without reduction\n", seed, reduced.outcomes,
+               every.outcomes);
+        return false;
+    }
+    printf("%u random programs: the same outcomes from %llu schedules as from all %llu\n",
+           RANDOM_PROGRAMS, (unsigned long long)reduced_schedules,
+           (unsigned long long)every_schedules);
+    return true;
+}
+
 static bool all(const struct arguments *a)
 {
-    bool good = self_check(a);
+    bool good = self_check(a) && random_check();
     for (const struct scenario *const *s = model_scenarios; *s != NULL; s++)
         if (a->nightly || !(*s)->nightly)
             good = explore_one(*s, a) && good;

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct pool pool;                    /* written by setup alone */
+struct pool pool; /* written by setup alone */
 
 static const uint8_t manifest[] = {0x80};
 
@@ -47,6 +47,7 @@ static struct cn_client *make_client(uint8_t *segment, uint32_t i)
     c->comp = (void *)(segment + cn_session_comp_off(c->lease_slots));
     c->access_log = (void *)(segment + cn_session_access_off(c->lease_slots));
     c->region_count = 1;
+    c->largest_bytes = pool.keeper->catalog.super->regions[0].bytes;
     c->ro[0] = c->rw[0] =
         (struct cn_mapping){pool.region, pool.keeper->catalog.super->regions[0].bytes};
     c->slot_next = calloc(c->lease_slots, sizeof(*c->slot_next));
@@ -77,12 +78,13 @@ static void label_client(const struct cn_client *c, uint32_t i)
 
 static void label_catalog(const struct cn_catalog *c)
 {
-    model_label(c->chunks, c->chunk_count * sizeof(struct cn_chunk), sizeof(struct cn_chunk), "chunk");
+    model_label(c->chunks, c->chunk_count * sizeof(struct cn_chunk), sizeof(struct cn_chunk),
+                "chunk");
     model_label(&c->chunks[0].word, 8, 8, "chunk[0].word");
     model_label(&c->chunks[1].word, 8, 8, "chunk[1].word");
     model_label(c->index, (c->bucket_mask + 1ull) * sizeof(struct cn_bucket), 8, "index");
-    model_label(c->events, (c->event_mask + 1ull) * sizeof(struct cn_event), sizeof(struct cn_event),
-                "event");
+    model_label(c->events, (c->event_mask + 1ull) * sizeof(struct cn_event),
+                sizeof(struct cn_event), "event");
     model_label(&c->super->sleeping, 8, 8, "sleeping");
     model_label(&c->super->event_head, 8, 8, "event_head");
     model_label(pool.region, c->super->regions[0].bytes, POOL_EXTENT / 2, "bytes");
@@ -103,8 +105,12 @@ static void attach(uint32_t i)
     pool.session[i] = open.ret_session;
     pool.nonce[i] = open.ret_nonce;
     pool.client[i] = make_client(open.segment, i);
-    struct cn_namespace_open ns = {.id = {7}, .name = "", .manifest = manifest, .manifest_bytes = 1,
-                                   .session = open.ret_session};
+    struct cn_namespace_open ns = {.id = {7},
+                                   .name = "",
+                                   .manifest = manifest,
+                                   .manifest_bytes = 1,
+                                   .session = open.ret_session,
+                                   .session_nonce = open.ret_nonce};
     if (cn_keeper_namespace_open(pool.keeper, &ns) != CN_OK)
         model_violation("no namespace");
     pool.ns = ns.ret_slot;
@@ -142,10 +148,7 @@ void pool_want(uint32_t client)
     cn_submit(pool.client[client], &record, 0);
 }
 
-static uint64_t word_of(uint32_t n, uint32_t i)
-{
-    return 0xb000u + n * 16 + i;
-}
+static uint64_t word_of(uint32_t n, uint32_t i) { return 0xb000u + n * 16 + i; }
 
 static uint64_t *word_at(void *data, uint32_t i)
 {
@@ -160,8 +163,11 @@ void pool_write(uint32_t client, uint32_t n)
         return;
     for (uint32_t i = 0; i < POOL_WORDS; i++)
         cn_store_relaxed(word_at(grant.data, i), word_of(n, i));
-    struct cn_put put = {.ref = grant.ref, .key = pool_key(n), .data_bytes = POOL_EXTENT,
-                         .ns_slot = pool.ns, .position = CN_POSITION_UNKNOWN};
+    struct cn_put put = {.ref = grant.ref,
+                         .key = pool_key(n),
+                         .data_bytes = POOL_EXTENT,
+                         .ns_slot = pool.ns,
+                         .position = CN_POSITION_UNKNOWN};
     cn_commit(c, &put, 0);
 }
 
@@ -202,10 +208,7 @@ bool pool_read(uint32_t client, uint32_t n)
     return true;
 }
 
-void pool_step(void)
-{
-    cn_keeper_step(pool.keeper);
-}
+void pool_step(void) { cn_keeper_step(pool.keeper); }
 
 void pool_settle(void)
 {

@@ -7,10 +7,10 @@
 #include "cn_keeper.h"
 #include "explorer.h"
 
-#define POOL_DOORBELL_FD 100000      /* a client's doorbell; no such descriptor exists */
+#define POOL_DOORBELL_FD 100000 /* a client's doorbell; no such descriptor exists */
 #define POOL_CLIENTS 3u
-#define POOL_EXTENT (2u << 20)       /* one granule: a pool of n extents has no room for n + 1 */
-#define POOL_WORDS 2u                /* of a chunk, written and checked: its first and its last */
+#define POOL_EXTENT (2u << 20) /* one granule: a pool of n extents has no room for n + 1 */
+#define POOL_WORDS 2u          /* of a chunk, written and checked: its first and its last */
 
 extern struct pool {
     struct cn_keeper *keeper;

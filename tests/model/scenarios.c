@@ -2,15 +2,16 @@
 /*
  * What is tried. Each is tiny on purpose: two tasks in a CI run, three at night.
  *
- * Keys are numbered; 0 is there (or is committed) at first, 1 is what takes its place. A pool of one
- * extent makes a second chunk reuse the extent and the descriptor of the first.
+ * Keys are numbered; 0 is there (or is committed) at first, 1 is what takes its place. A pool of
+ * one extent makes a second chunk reuse the extent and the descriptor of the first.
  */
 #include "pool.h"
 
-enum { A, B, C, D };                 /* keys */
-enum { FIRST, SECOND, THIRD };       /* clients */
+enum { A, B, C, D };           /* keys */
+enum { FIRST, SECOND, THIRD }; /* clients */
 
-/* Take the only extent away from A and commit B in it; what is leased now stays, and that is right. */
+/* Take the only extent away from A and commit B in it; what is leased now stays, and that is
+ * right. */
 static void replace(uint32_t writer)
 {
     for (uint32_t round = 0; round < 2; round++) {
@@ -24,7 +25,7 @@ static void replace(uint32_t writer)
     }
 }
 
-/* ---- acquire x evict ---------------------------------------------------------------------------------- */
+/* ---- acquire x evict ------------------------------------------------------ */
 
 static void one_extent_with_a(void)
 {
@@ -32,15 +33,9 @@ static void one_extent_with_a(void)
     pool_put(SECOND, A);
 }
 
-static void acquire(void)
-{
-    pool_read(FIRST, A);
-}
+static void acquire(void) { pool_read(FIRST, A); }
 
-static void evict_and_refill(void)
-{
-    replace(SECOND);
-}
+static void evict_and_refill(void) { replace(SECOND); }
 
 static void nothing_is_left(void)
 {
@@ -116,7 +111,7 @@ static const struct scenario batch_evict = {
     .crashes = 1,
 };
 
-/* ---- threads of one client ------------------------------------------------------------------------------ */
+/* ---- threads of one client ------------------------------------------------ */
 
 static const struct scenario threads_evict = {
     .name = "threads-evict",
@@ -128,7 +123,37 @@ static const struct scenario threads_evict = {
     .nightly = true,
 };
 
-/* ---- commit x match -------------------------------------------------------------------------------------- */
+/* Slots beyond the hot ones: the mark that the keeper scans to is raised by two threads at once. */
+static void lease_batch(void)
+{
+    struct cn_view view;
+    uint32_t count;
+    cn_lease_many(pool.client[FIRST], pool.ns, pool_key(A), 1, &view, &count);
+    if (count == 1)
+        pool_check(&view, A);
+    cn_release_many(pool.client[FIRST], &view, count);
+}
+
+static void delete_and_refill(void)
+{
+    pool_submit_key(SECOND, CN_OP_DELETE, A);
+    pool_want(SECOND);
+    pool_step();
+    if (pool_stock_ready(SECOND))
+        pool_write(SECOND, B);
+}
+
+static const struct scenario threads_batch = {
+    .name = "threads-batch",
+    .claim = "the same with slots above lease_high, which both threads raise",
+    .setup = one_extent_with_a,
+    .task = {lease_batch, lease_batch, delete_and_refill},
+    .task_name = {"thread 1", "thread 2", "keeper"},
+    .finish = nothing_is_left,
+    .nightly = true,
+};
+
+/* ---- commit x match ------------------------------------------------------- */
 
 static void match_both(void)
 {
@@ -189,10 +214,7 @@ static const struct scenario commit_link = {
     .crashes = 1,
 };
 
-static void write_only(void)
-{
-    pool_write(FIRST, A);
-}
+static void write_only(void) { pool_write(FIRST, A); }
 
 static void read_as_second(void)
 {
@@ -212,7 +234,7 @@ static const struct scenario commit_match_3 = {
     .nightly = true,
 };
 
-/* ---- release x evict --------------------------------------------------------------------------------------- */
+/* ---- release x evict ------------------------------------------------------ */
 
 static void a_is_leased(void)
 {
@@ -238,7 +260,7 @@ static const struct scenario release_evict = {
     .crashes = 1,
 };
 
-/* ---- stock x revoke ------------------------------------------------------------------------------------------ */
+/* ---- stock x revoke ------------------------------------------------------- */
 
 static void only_extent_in_stock(void)
 {
@@ -264,7 +286,7 @@ static const struct scenario stock_revoke = {
     .crashes = 1,
 };
 
-/* ---- session death x evict -------------------------------------------------------------------------------------- */
+/* ---- session death x evict ------------------------------------------------ */
 
 /* A, an extent in the second client's stock, one in the first's. */
 static void three_extents(void)
@@ -314,7 +336,7 @@ static const struct scenario death_evict = {
     .crashes = 1,
 };
 
-/* ---- ring full x empty: the keeper's own thread, asleep and awake ------------------------------------------- */
+/* ---- ring full x empty: the keeper's own thread, asleep and awake --------- */
 
 static void submit_nothing(struct cn_client *c)
 {
@@ -374,10 +396,7 @@ static void full_ring(void)
         submit_nothing(pool.client[FIRST]);
 }
 
-static void submit_one(void)
-{
-    submit_nothing(pool.client[FIRST]);
-}
+static void submit_one(void) { submit_nothing(pool.client[FIRST]); }
 
 static const struct scenario ring_full = {
     .name = "ring-full",
@@ -386,8 +405,18 @@ static const struct scenario ring_full = {
     .task = {submit_one, model_run_thread},
     .task_name = {"client", "keeper"},
     .finish = nobody_waits,
+};
+
+static const struct scenario ring_full_crash = {
+    .name = "ring-full-crash",
+    .claim = "the same when the client may be killed while it waits",
+    .setup = full_ring,
+    .task = {submit_one, model_run_thread},
+    .task_name = {"client", "keeper"},
+    .finish = nobody_waits,
     .mortal = 1,
     .crashes = 1,
+    .nightly = true,
 };
 
 static void two_rings(void)
@@ -427,7 +456,7 @@ static const struct scenario ring_two = {
 };
 
 const struct scenario *const model_scenarios[] = {
-    &acquire_evict, &token_evict,  &batch_evict,    &commit_match, &commit_link, &release_evict,
-    &stock_revoke,  &death_evict,  &ring_empty,     &ring_full,    &threads_evict,
-    &commit_match_3, &ring_two,    NULL,
+    &acquire_evict,  &token_evict, &batch_evict,     &commit_match, &commit_link,   &release_evict,
+    &stock_revoke,   &death_evict, &ring_empty,      &ring_full,    &threads_evict, &threads_batch,
+    &commit_match_3, &ring_two,    &ring_full_crash, NULL,
 };

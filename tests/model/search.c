@@ -15,11 +15,11 @@
 
 #include "explorer.h"
 
-struct node {                          /* before step n + 1 */
+struct node { /* before step n + 1 */
     struct op next[AGENTS];
-    uint32_t has;                      /* agents that have a next op, able to move or not */
+    uint32_t has; /* agents that have a next op, able to move or not */
     uint32_t enabled;
-    uint32_t backtrack;                /* to be tried here */
+    uint32_t backtrack; /* to be tried here */
     uint32_t done;
     uint32_t sleep;
     int chosen;
@@ -29,18 +29,19 @@ struct step {
     struct op op;
     uint32_t agent;
     uint64_t value;
-    uint16_t clock[AGENTS];            /* last step of each agent that happens before, from 1 */
+    uint16_t clock[AGENTS]; /* last step of each agent that happens before, from 1 */
 };
 
 static struct node nodes[STEPS_MAX + 1];
 static struct step steps[STEPS_MAX + 1];
 static uint32_t step_count;
-static uint32_t prefix;                /* nodes from the run before that still stand */
-static uint32_t last_of[AGENTS];       /* number of an agent's last step, 0: none */
+static uint32_t prefix;          /* nodes from the run before that still stand */
+static uint32_t last_of[AGENTS]; /* number of an agent's last step, 0: none */
 static const uint32_t *replay;
 static uint32_t replay_count;
 
-static uint64_t outcomes[64];
+static bool every_order; /* no reduction: for the self-check */
+static uint64_t outcomes[4096];
 static uint32_t outcome_count;
 
 void model_outcome(uint64_t outcome)
@@ -53,15 +54,9 @@ void model_outcome(uint64_t outcome)
     outcomes[outcome_count++] = outcome;
 }
 
-uint32_t search_step(void)
-{
-    return step_count;
-}
+uint32_t search_step(void) { return step_count; }
 
-void search_value(uint64_t value)
-{
-    steps[step_count - 1].value = value;
-}
+void search_value(uint64_t value) { steps[step_count - 1].value = value; }
 
 static bool is_kill(uint32_t agent) { return agent_kind(agent) == AGENT_KILL; }
 
@@ -89,10 +84,7 @@ static void join(uint16_t *clock, const uint16_t *other)
 }
 
 /* Does step i (from 0) happen before what has this clock? */
-static bool before(uint32_t i, const uint16_t *clock)
-{
-    return clock[steps[i].agent] >= i + 1;
-}
+static bool before(uint32_t i, const uint16_t *clock) { return clock[steps[i].agent] >= i + 1; }
 
 /* What happens before the next step of agent by program order and by what lets it move. */
 static void base_clock(uint32_t agent, const struct op *op, uint16_t *ret_clock)
@@ -135,7 +127,8 @@ static uint32_t initials(uint32_t i)
     return first;
 }
 
-/* The step just taken and step i could have come the other way round: make sure that this is tried. */
+/* The step just taken and step i could have come the other way round: make sure that this is
+ * tried. */
 static void reverse(uint32_t i)
 {
     struct node *pre = &nodes[i];
@@ -179,7 +172,7 @@ static void make_node(uint32_t n)
     node->enabled = machine_enabled();
     for (uint32_t agent = 0; agent < AGENTS; agent++)
         node->has |= (uint32_t)machine_next(agent, &node->next[agent]) << agent;
-    node->sleep = inherited_sleep(n);
+    node->sleep = every_order ? 0 : inherited_sleep(n);
 }
 
 #define KILLS (((1u << TASKS_MAX) - 1) << (2 * TASKS_MAX))
@@ -191,13 +184,14 @@ static int first_choice(uint32_t n)
     struct node *node = &nodes[n];
     uint32_t awake = node->enabled & ~node->sleep;
     if ((node->enabled & ~KILLS) == 0) {
-        node->backtrack = awake; /* all is over; or somebody is killed, now or (by a race) earlier */
+        node->backtrack =
+            awake; /* all is over; or somebody is killed, now or (by a race) earlier */
         return CHOICE_END;
     }
     if (awake == 0)
         return CHOICE_PRUNE;
     node->chosen = (int)preferred(awake);
-    node->backtrack = 1u << node->chosen;
+    node->backtrack = every_order ? awake : 1u << node->chosen;
     return node->chosen;
 }
 
@@ -315,6 +309,15 @@ static void explore(double seconds_max, uint32_t words, struct search_result *r)
     r->outcomes = outcome_count;
 }
 
+void search_every_order(const struct scenario *s, const struct machine_options *o,
+                        struct search_result *ret_result)
+{
+    machine_open(s, o);
+    every_order = true;
+    explore(0, 0, ret_result);
+    every_order = false;
+}
+
 void search_all(const struct scenario *s, const struct machine_options *o, double seconds_max,
                 struct search_result *ret_result)
 {
@@ -347,10 +350,12 @@ uint32_t search_schedule(uint32_t *ret_list, uint32_t list_max)
 }
 
 static const char *const op_names[] = {
-    [OP_START] = "starts",    [OP_LOAD] = "loads",      [OP_STORE] = "stores",
-    [OP_CAS] = "compares and swaps", [OP_ADD] = "adds to", [OP_FENCE] = "fence",
-    [OP_WAIT] = "waits on",   [OP_WOKEN] = "wakes up",  [OP_WAKE] = "wakes",
-    [OP_BELL] = "rings",      [OP_POLL] = "hears",      [OP_FLUSH] = "store is seen:",
+    [OP_START] = "starts",   [OP_LOAD] = "loads",
+    [OP_STORE] = "stores",   [OP_CAS] = "compares and swaps",
+    [OP_ADD] = "adds to",    [OP_FENCE] = "fence",
+    [OP_WAIT] = "waits on",  [OP_WOKEN] = "wakes up",
+    [OP_WAKE] = "wakes",     [OP_BELL] = "rings",
+    [OP_POLL] = "hears",     [OP_FLUSH] = "store is seen:",
     [OP_KILL] = "IS KILLED",
 };
 

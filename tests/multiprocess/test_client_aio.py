@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cenote.client import Manifest, PoolFull, PoolGone, aio
+from cenote.client import ForkedChild, Manifest, PoolFull, PoolGone, aio
 from cenote.client.testing import MemoryHost
 
 MANIFEST = Manifest("m", "l", "uint8", 16)
@@ -54,6 +55,30 @@ async def test_every_verb(pool: aio.AsyncPool) -> None:
     assert await cache.pin(key_of(0)) == await cache.unpin(key_of(0)) == 1
     assert await cache.delete([key_of(0), key_of(9)]) == 1
     assert (await pool.stats()).chunks == 3
+
+
+async def test_commit_in_a_forked_child_is_refused(pool: aio.AsyncPool) -> None:
+    """A put that a child inherited is ForkedChild there, small or large, and no crash (I13)."""
+    cache = await pool.namespace(MANIFEST)
+    puts = [cache.put(key_of(i), nbytes) for i, nbytes in enumerate((100, LARGE))]
+    for put in puts:
+        await put.__aenter__()
+
+    pid = os.fork()
+    if pid == 0:
+        refused = 0
+        for put in puts:
+            try:
+                put.commit().send(None)  # without a loop: the child has none
+            except ForkedChild:
+                refused += 1
+            except BaseException:  # noqa: BLE001 - whatever else it was, the child must end
+                os._exit(70)
+        os._exit(refused)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2  # noqa: ASYNC222 - it is short
+    for put in puts:
+        put.abort()
 
 
 async def test_exception_aborts(pool: aio.AsyncPool) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from cenote.client import Cache, Chunk, ForkedChild, Manifest, Pool, PoolGone
 from cenote.client.testing import MemoryHost
+from cenote.shm.handle import key_of as key_of_ref
 
 MANIFEST = Manifest("m", "l", "uint8", 16)
 NBYTES = 64 * 1024
@@ -170,6 +171,22 @@ def test_released_chunk_refuses_everything(cache: Cache) -> None:
         with pytest.raises((ValueError, BufferError)):
             use()
     assert repr(chunk) == "<Chunk released>"
+
+
+def test_key_of_a_released_chunk_that_left(cache: Cache) -> None:
+    """A dying chunk has its key; a free descriptor of its generation may hold another chunk's."""
+    store(cache, 2)
+    chunk, other = chunk_of(cache), chunk_of(cache, 2)
+    mapping, ref = chunk.owner, chunk.ref
+    cache.delete(key_of(2))
+    assert other.key == key_of(2)  # leased: it is dying
+    assert key_of_ref(mapping, ref) == key_of(1)
+    chunk.release()
+
+    cache.delete(key_of(1))
+    cache.flush()
+
+    assert key_of_ref(mapping, ref) is None
 
 
 def test_views_survive_close_and_the_daemons_end(host: MemoryHost) -> None:

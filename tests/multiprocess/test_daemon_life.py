@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from cenote.shm.session import attach
-from cenote.shm.wire import Channel, Closed, Refusal
+from cenote.shm.wire import Channel, Closed, Refusal, encode
 
 CONFIG = """
 [[pool]]
@@ -272,6 +272,43 @@ def test_destroy_ends_the_pool_and_then_the_daemon(cenoted: Callable[..., Any]) 
     assert not daemon.socket.exists()
     pool_state = ctypes.c_uint64.from_address(mapping.catalog + 2048).value
     assert pool_state == 2  # CN_POOL_RETIRED
+
+
+def test_two_admins_destroy_at_once(cenoted: Callable[..., Any]) -> None:
+    """The second destroy is answered like the first; the daemon ends once, without an error."""
+    daemon = cenoted()
+    admins = [daemon.hello("admin")[0] for _ in range(2)]
+    os.kill(daemon.pid, signal.SIGSTOP)
+    for admin in admins:  # both lie there when it wakes up
+        admin._sock.send(encode({"op": "destroy", "id": 9}))
+    os.kill(daemon.pid, signal.SIGCONT)
+
+    assert daemon.wait() == 0
+    assert not events_of(daemon.log(), "loop_exception"), daemon.log()
+    assert "Traceback" not in daemon.log()
+
+
+def test_a_reload_without_the_socket_file(
+    cenoted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody removed the socket: the rules change all the same, and systemd hears READY=1."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
+        notices.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        daemon = cenoted(config=CONFIG)
+        channel, _welcome, _fds = daemon.hello()
+        file = daemon.socket.parent / "cenoted.toml"
+        file.write_text(file.read_text() + f"\n[pool.access]\nadmins = [{os.geteuid() + 4242}]\n")
+        daemon.socket.unlink()
+
+        daemon.hang_up()
+        wait_for_event(daemon, "reloaded")
+
+        said = [notices.recv(64).splitlines()[0] for _ in range(3)]
+    assert said == [b"READY=1", b"RELOADING=1", b"READY=1"]
+    assert events_of(daemon.log(), "socket_mode_not_set")
+    with pytest.raises((Closed, ConnectionError)):
+        channel.request("ping")
 
 
 @pytest.mark.parametrize("checksum", ["off", "lazy"])

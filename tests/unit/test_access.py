@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,26 @@ def test_the_kernel_says_who_connected() -> None:
 
     assert (found.pid, found.uid, found.gid) == (os.getpid(), os.geteuid(), os.getegid())
     assert found.gids >= {os.getegid(), *os.getgroups()}
+
+
+MANY_GROUPS = """
+import os, socket
+from cenote.shm.identity import peer_of
+os.setgroups(range(10_000, 10_000 + {count}))
+left, right = socket.socketpair()
+found = peer_of(left).gids
+print(found == {{os.getegid(), *os.getgroups()}}, len(os.getgroups()))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can choose its groups")
+@pytest.mark.parametrize("count", [0, 64, 65, 256, 257, 3000])
+def test_users_with_many_groups_are_known(count: int) -> None:
+    """All groups of a peer are told, also more than socket.getsockopt has room for."""
+    script = [sys.executable, "-c", MANY_GROUPS.format(count=count)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+
+    assert done.stdout.strip() == f"True {count}", done.stderr
 
 
 def test_pidfds_are_told_from_other_descriptors() -> None:

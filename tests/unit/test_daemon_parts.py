@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -12,10 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from cenote.client.testing import MemoryHost
+from cenote.daemon import config_sources
+from cenote.daemon.access import AccessTable
+from cenote.daemon.config import PoolConfig
 from cenote.daemon.lock import PoolLock, PoolTaken
+from cenote.daemon.main import Daemon
 from cenote.daemon.scrub import SETTLE_S, scrub
 from cenote.daemon.server import TokenBucket
+from cenote.daemon.service import NAMESPACES_PER_UID_MAX, Caller, PoolService
 from cenote.daemon.systemd import notify, watchdog_period_s
+from cenote.shm.identity import Peer
+from cenote.shm.manifest import canonical
+from cenote.shm.wire import Refusal
 
 HOLD = """
 import sys, pathlib
@@ -187,3 +197,48 @@ def test_the_watchdog_is_for_the_process_named(
 ) -> None:
     """Half of what systemd says, when it means us."""
     assert watchdog_period_s(7, environ) == period_s
+
+
+async def test_the_watchdog_ticks_on_after_a_failed_look(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool that does not answer costs its WATCHDOG=1, and the ticks go on: the next is sent."""
+    argv = ["--socket", str(path), "--name", f"tick{os.getpid()}", "--size", "16MiB"]
+    daemon = Daemon(argv, config_sources.load([*argv, "--medium", "memfd"]))
+    daemon.make()
+    (served,) = daemon._pools
+    looks = iter([OSError("once")])
+
+    def check() -> None:
+        for error in looks:
+            raise error
+
+    monkeypatch.setattr(served, "check", check)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "20000")
+    loop = asyncio.get_running_loop()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as notices:
+            notices.bind(str(tmp_path / "notify"))
+            daemon._watch(loop)
+            assert await loop.sock_recv(notices, 64) == b"WATCHDOG=1"
+    finally:
+        daemon.drop()
+    assert next(looks, None) is None  # the failed look was before
+
+
+def test_a_user_with_all_its_namespaces_opens_them_again() -> None:
+    """The limit of 1,024 a user is for new namespaces; those it has stay open to it."""
+    with MemoryHost("16MiB") as host:
+        config = PoolConfig()
+        service = PoolService(host._running(), config, AccessTable(config), lambda: None)
+        caller = Caller(Peer(1, 4242, 4242, frozenset({4242})), role="reader")
+
+        def open_namespace(i: int) -> int:
+            body = {"manifest": canonical({"model": i})}
+            return int(service.answer(caller, "namespace", 1, body, ()).body["slot"])
+
+        slots = [open_namespace(i) for i in range(NAMESPACES_PER_UID_MAX)]
+        assert open_namespace(7) == slots[7]
+        with pytest.raises(Refusal, match="as many as one user may"):
+            open_namespace(NAMESPACES_PER_UID_MAX)

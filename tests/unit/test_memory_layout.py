@@ -76,4 +76,4 @@ def test_the_fingerprint_covers_every_field(generator: ModuleType, project_root:
     ]
 
     assert shared
-    assert [] == missing
+    assert missing == []

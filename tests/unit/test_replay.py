@@ -19,7 +19,8 @@ if not (ROOT / "bench").is_dir():
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from bench.replay import Plan, Run, Sizes, main, prepare, replay  # noqa: E402  # bench/ is no package
+# bench/ is no package
+from bench.replay import Plan, Run, Sizes, main, prepare, replay  # noqa: E402
 from bench.replay_client import (  # noqa: E402
     Blocks,
     Chains,
