@@ -194,7 +194,8 @@ def _gets(cache: Cache, walk_bytes: int, nbytes: int, rounds: int) -> Row:
     def ours() -> None:
         for key in keys:
             chunk = cache.get(key)
-            assert chunk is not None
+            if chunk is None:
+                raise RuntimeError(f"a chunk of {nbytes} bytes that was put is not there: {cache}")
             chunk.copy_to(target)
 
     def theirs() -> float:

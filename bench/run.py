@@ -133,7 +133,7 @@ def _python(name: str, *quick: str) -> Bench:
 
 def c_program(name: str) -> str:
     """The path of a program of bench/c, once tests/c/Makefile has built it."""
-    return str(ROOT / "build" / "c" / "gcc_-O2" / name)
+    return str(ROOT / "build" / "c" / "gcc_-O3" / name)
 
 
 def benches() -> list[Bench]:
@@ -208,7 +208,7 @@ def _run(bench: Bench, *, quick: bool) -> dict[str, Any]:
 def _build_c() -> None:
     """The programs of bench/c, through the Makefile that builds the C tests."""
     names = sorted(path.stem for path in (HERE / "c").glob("bench_*.c"))
-    command = ["make", "-C", str(ROOT / "tests" / "c"), "CC=gcc", *names]
+    command = ["make", "-C", str(ROOT / "tests" / "c"), "CC=gcc", "OPT=-O3", *names]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 

@@ -197,6 +197,9 @@ bool cn_make_room(struct cn_keeper *k, uint64_t extent_bytes)
     uint64_t enough = extent_bytes > k->capacity_bytes / 64 ? extent_bytes : k->capacity_bytes / 64;
     uint64_t gone = 0;
     cn_limbo_look(k);
+    /* There is memory, only in pieces: what lies unused in stocks goes before any chunk. */
+    if (k->count.live_bytes + k->count.granted_bytes + extent_bytes <= k->high_bytes)
+        cn_revoke_stock(k, NULL);
     for (uint32_t round = 0; round < CN_SHIFT_MAX && gone < enough; round++) {
         if (room_for(k, extent_bytes))
             return true;

@@ -182,7 +182,6 @@ COLD int refuse(struct cn_client *c)
     count(&c->head->misses, 1);
     return CN_ELEASES;
 }
-
 COLD int miss(struct cn_client *c)
 {
     count(&c->head->misses, 1);
@@ -222,7 +221,7 @@ static uint32_t publish_one(struct cn_client *c, uint64_t ref)
     return slot;
 }
 
-/* A slot is cleared once, by its holder (I3); then it is free for the next. */
+/* Cleared once, by its holder (I3). */
 static void give_back(struct cn_client *c, uint32_t slot)
 {
     clear_slot(c, slot);
@@ -454,6 +453,8 @@ static uint32_t batch_take(struct cn_client *c, const struct batch *b, uint32_t 
     uint32_t got = slots_take(c, n, slots);
     for (uint32_t i = 0; i < got; i++)
         publish(c, slots[i], b->ref[i]);
+    while (got < n && (slots[got] = publish_hot(c, b->ref[got], c->hot_slots)) != SLOT_NONE)
+        got++;         /* the list is empty: what is left are the slots of single leases */
     cn_fence_reader(); /* pairs with cn_fence_keeper() in cn_unlink_flush() */
     uint32_t good = 0;
     uint64_t word;
@@ -461,8 +462,7 @@ static uint32_t batch_take(struct cn_client *c, const struct batch *b, uint32_t 
            fill_view(c, b->ref[good], word, slots[good], &ret_views[good]) == CN_OK)
         count_leased(c, &ret_views[good++]);
     for (uint32_t i = good; i < got; i++)
-        clear_slot(c, slots[i]);
-    slots_put(c, slots + good, got - good);
+        give_back(c, slots[i]);
     if (got < n)
         count(&c->head->lease_refused, n - got);
     for (uint32_t i = 0; i < good; i++)
