@@ -37,7 +37,7 @@ class MemoryHost:
     Args:
         size: Bytes of the pool ("64MiB", or a number), on a memfd that is not touched beforehand.
         name: The pool's name.
-        chunk_count: Most chunks it can hold at once.
+        chunk_count: Most chunks it can hold at once; 0: one for 16 KiB, at least 4,096.
         lease_slots: Leases a session may hold, rounded up to 512.
         event_count: Events the feed keeps.
         policy: Eviction policy.
@@ -56,7 +56,7 @@ class MemoryHost:
         size: str | int = DEFAULT_SIZE,
         *,
         name: str = "testing",
-        chunk_count: int = 4096,
+        chunk_count: int = 0,
         lease_slots: int = 8192,
         event_count: int = 4096,
         policy: str = "use-count",
@@ -70,7 +70,7 @@ class MemoryHost:
         spec = PoolSpec(
             name=name,
             regions=(region,),
-            chunk_count=chunk_count,
+            chunk_count=chunk_count or max(4096, bytes_ // 16384),
             lease_slots=lease_slots,
             event_count=event_count,
             policy=policy,
