@@ -55,8 +55,6 @@ dev: $(STAMP)  ## compile the C core again where it changed
 	    rm -rf build/lib* build/temp* cffi_src/*.so; mkdir -p build; echo "$$flags" > build/flags; \
 	fi
 	@$(PY) setup.py -q build_clib build_ext --inplace
-	@$(PY) cffi_src/ffi/gen_stub.py
-	@$(PY) cffi_src/ffi/gen_layout_doc.py
 
 demo: setup $(DEMO_STAMP)  ## two real models share their KV cache; installs torch and transformers first
 	$(BIN)/cenote demo $(ARGS)
@@ -103,7 +101,10 @@ lint-c: $(STAMP)
 	clang-tidy --quiet $(C_SOURCES) -- $(C_FLAGS)
 	clang-tidy --quiet $(wildcard cffi_src/lease/*.c) -- $(C_FLAGS) $(LEASE_FLAGS)
 
-format: $(STAMP)  ## let ruff and clang-format write the files
+format: setup  ## let ruff and clang-format write the files, and what is generated from the headers
+	$(PY) cffi_src/ffi/gen_stub.py
+	$(PY) cffi_src/ffi/gen_layout_doc.py
+	$(PY) -m cenote.daemon.config_docs > docs/configuration.md
 	ruff check --fix-only --quiet . ; ruff format .
 	clang-format -i $(C_FILES)
 

@@ -422,8 +422,8 @@ def connect(
     Attach to a pool of the daemon on this host.
 
     Args:
-        socket: Path of the pool's socket. Otherwise, and when it does not exist, $CENOTE_SOCKET,
-            the user's own default socket, /run/cenote/default.sock: the first that exists.
+        socket: Path of the pool's socket, else $CENOTE_SOCKET: one that is named is the only one
+            that is tried. Without: the user's own default socket, else /run/cenote/default.sock.
         role: "reader", "writer" or "admin"; by default the best the daemon allows, at most writer.
             A reader's process maps no memory of the pool writable.
         label: What `cenote top` shows for this process; by default the program's name.

@@ -207,7 +207,10 @@ def find_socket(
     service_dir: Path = SERVICE_RUN_DIR,
 ) -> tuple[Path | None, tuple[Candidate, ...]]:
     """
-    Return the first socket that exists (or None) and all four candidates, for the error message.
+    Return the socket to use (or None) and all four candidates, for the error message.
+
+    One that was named, by the argument or else by $CENOTE_SOCKET, is the only one: a mistyped path
+    must not lead to another pool. Otherwise the first of the default ones that exists.
     """
     candidates = socket_candidates(
         argument,
@@ -216,5 +219,6 @@ def find_socket(
         tmp_dir=tmp_dir,
         service_dir=service_dir,
     )
-    usable = (c.path for c in candidates if c.exists and not c.problem)
+    named = [candidate for candidate in candidates[:2] if candidate.path is not None]
+    usable = (c.path for c in named[:1] or candidates if c.exists and not c.problem)
     return next(usable, None), candidates

@@ -143,7 +143,8 @@ def find_namespace(catalog: Catalog, wanted: str) -> Namespace:
     there = catalog.namespaces()
     named = [namespace for namespace in there if namespace.name == wanted]
     by_number = [n for n in there if wanted in {str(n.slot), n.id.hex()}]
-    for namespace in (*named, *by_number):  # a name may look like a number
+    by_label = [n for n in there if n.label == wanted]  # as our own tables show it
+    for namespace in (*named, *by_number, *by_label):  # a name may look like a number
         return namespace
     known = ", ".join(f"{n.label} (slot {n.slot})" for n in there[:10]) or "none"
     raise Failure(

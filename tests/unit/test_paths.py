@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from cenote.shm.paths import (
-    SERVICE_RUN_DIR,
     SOCKET_PATH_MAX_BYTES,
     PathError,
     check_pool_name,
@@ -130,26 +129,31 @@ def _touch(path: Path) -> Path:
     return path
 
 
-def test_first_socket_that_exists_wins(tmp_path: Path) -> None:
+def test_named_socket_is_the_only_one(tmp_path: Path) -> None:
     """
-    Argument, $CENOTE_SOCKET, the user's own, the service's: each is found when those before it
-    do not exist, and all four are reported.
+    The argument, else $CENOTE_SOCKET, is final; without them the user's own socket comes before
+    the service's. All four are reported.
     """
     paths = [tmp_path / "a.sock", tmp_path / "b.sock"]
     paths += [tmp_path / name / "default.sock" for name in (f"cenote-{SOMEBODY}", "service")]
     environ = {"CENOTE_SOCKET": str(paths[1])}
 
-    def find() -> Path | None:
+    def find(argument: Path | None, given: dict[str, str]) -> Path | None:
         found, candidates = find_socket(
-            paths[0], environ, SOMEBODY, tmp_dir=tmp_path, service_dir=tmp_path / "service"
+            argument, given, SOMEBODY, tmp_dir=tmp_path, service_dir=tmp_path / "service"
         )
-        assert [c.path for c in candidates] == paths
+        assert [c.path for c in candidates[2:]] == paths[2:]
         return found
 
-    assert find() is None
-    for path in (paths[3], paths[1], paths[0]):
-        _touch(path)
-        assert find() == path
+    _touch(paths[3])
+    assert find(paths[0], environ) is None
+    assert find(None, environ) is None
+    assert find(None, {}) == paths[3]
+    _touch(paths[1])
+    assert find(paths[0], environ) is None
+    assert find(None, environ) == paths[1]
+    _touch(paths[0])
+    assert find(paths[0], environ) == paths[0]
 
 
 def test_own_socket_is_found_before_the_service(tmp_path: Path) -> None:
@@ -195,6 +199,6 @@ def test_candidates_survive_nonsense(tmp_path: Path) -> None:
         "/" + "x" * 200, {"CENOTE_SOCKET": f"{tmp_path}/file/s"}, SOMEBODY, tmp_dir=tmp_path
     )
 
-    assert found in (None, SERVICE_RUN_DIR / "default.sock")
+    assert found is None
     assert "allow 107" in candidates[0].problem
     assert "cannot be examined" in candidates[1].problem
