@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -59,6 +60,16 @@ class SessionOffer:
         """Close our copies of the descriptors."""
         close_all(self.fds.values())
         self.fds.clear()
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals to stop come after the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class PoolHost:
@@ -144,9 +155,10 @@ class PoolHost:
 
     def _object(self, medium: MediumSpec, part: str, bytes_: int) -> MediumObject:
         name = ObjectName(self.spec.name, self.pool_id.hex()[:16], part, os.geteuid())
-        made = media.create(medium, name, bytes_)
-        self._undo.callback(made.close)
-        self._undo.callback(made.unlink)
+        with _signals_wait():  # or a stop in between leaves a name that nobody removes
+            made = media.create(medium, name, bytes_)
+            self._undo.callback(made.close)
+            self._undo.callback(made.unlink)
         self._objects.append(made)
         return made
 
