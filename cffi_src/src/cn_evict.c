@@ -199,7 +199,7 @@ bool cn_make_room(struct cn_keeper *k, uint64_t extent_bytes)
     cn_limbo_look(k);
     /* There is memory, only in pieces: what lies unused in stocks goes before any chunk. */
     if (k->count.live_bytes + k->count.granted_bytes + extent_bytes <= k->high_bytes)
-        cn_revoke_stock(k, NULL);
+        cn_revoke_stock(k, CN_STOCK_IDLE_NS);
     for (uint32_t round = 0; round < CN_SHIFT_MAX && gone < enough; round++) {
         if (room_for(k, extent_bytes))
             return true;
@@ -210,7 +210,7 @@ bool cn_make_room(struct cn_keeper *k, uint64_t extent_bytes)
     }
     if (room_for(k, extent_bytes))
         return true;
-    cn_revoke_stock(k, NULL);
+    cn_revoke_stock(k, 0);
     bool room = room_for(k, extent_bytes) || cn_reclaim(k, extent_bytes);
     k->wanted = !room;
     return room;

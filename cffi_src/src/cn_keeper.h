@@ -32,7 +32,8 @@
 #define CN_SHIFT_MAX 64u          /* eviction rounds one WANT may cause before it is refused */
 #define CN_PIN_SHARE 2u           /* pins may hold at most half of the pool */
 #define CN_GRANT_SHARE 4u
-#define CN_STOCK_SHARE 64u /* a session's stock is at most 1/64 of the pool */
+#define CN_STOCK_IDLE_NS 100000000ull /* a stock unused for so long goes before any chunk */
+#define CN_STOCK_SHARE 64u            /* a session's stock is at most 1/64 of the pool */
 /* Between two looks at the lock of a session that may be dead, doubled each time. */
 #define CN_DEATH_LOOK_NS 5000000ull
 #define CN_DEATH_LOOK_EXITED_NS 40000000ull /* at most, once its process exited */
@@ -43,6 +44,7 @@ struct cn_row_state { /* what the keeper believes of one stock row */
     uint64_t extent_bytes;
     uint32_t filled;     /* when last looked at; clients only take */
     uint32_t target;     /* extents to keep in it */
+    uint64_t used_ns;    /* monotonic */
     uint32_t used_round; /* for replacing the row used longest ago */
 };
 
@@ -261,8 +263,8 @@ void cn_session_read_access(struct cn_keeper *k, struct cn_session *s);
 void cn_session_publish(struct cn_keeper *k, struct cn_session *s, bool wake);
 void cn_session_end(struct cn_keeper *k, struct cn_session *s);
 bool cn_session_has_work(const struct cn_session *s);
-/* Take back granted extents that lie unused in stocks. Returns how many. */
-uint32_t cn_revoke_stock(struct cn_keeper *k, const struct cn_session *except);
+/* Take back granted extents that lie in stocks which nobody used for so long. Returns how many. */
+uint32_t cn_revoke_stock(struct cn_keeper *k, uint64_t idle_ns);
 void cn_stock_want(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r);
 /* A grant of this size was used: its row is filled up at the end of the round. */
 void cn_stock_used(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r);

@@ -22,13 +22,14 @@ static uint32_t row_revoke(struct cn_keeper *k, struct cn_session *s, uint32_t r
     return taken;
 }
 
-uint32_t cn_revoke_stock(struct cn_keeper *k, const struct cn_session *except)
+uint32_t cn_revoke_stock(struct cn_keeper *k, uint64_t idle_ns)
 {
     uint32_t taken = 0;
     for (uint32_t i = 0; i < k->session_count; i++) {
         struct cn_session *s = k->sessions[k->session_list[i]];
-        for (uint32_t row = 0; s != except && row < CN_STOCK_ROWS; row++)
-            taken += row_revoke(k, s, row);
+        for (uint32_t row = 0; row < CN_STOCK_ROWS; row++)
+            if (k->monotonic_ns - s->rows[row].used_ns >= idle_ns)
+                taken += row_revoke(k, s, row);
     }
     return taken;
 }
@@ -105,6 +106,7 @@ void cn_stock_want(struct cn_keeper *k, struct cn_session *s, const struct cn_re
     if (state->target > CN_STOCK_SLOTS)
         state->target = CN_STOCK_SLOTS;
     state->used_round = (uint32_t)k->round;
+    state->used_ns = k->monotonic_ns;
     row_refill(k, s, row, true);
     if (row_fill(s, row) > 0)
         return;
@@ -121,6 +123,7 @@ void cn_stock_used(struct cn_keeper *k, struct cn_session *s, const struct cn_re
     for (uint32_t row = 0; row < CN_STOCK_ROWS; row++) {
         if (s->rows[row].extent_bytes == bytes) {
             s->rows[row].used_round = (uint32_t)k->round;
+            s->rows[row].used_ns = k->monotonic_ns;
             s->rows_dirty |= 1u << row;
         }
     }
