@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from cenote._native import _core
 
 from . import media
 from .errors import ManifestMismatch, PoolGone, check, error_of
-from .identity import Peer, boot_id, start_ns
+from .identity import Peer, boot_id, signals_wait, start_ns
 from .manifest import diff, namespace_id, tenant_tag
 from .media import MediumObject, MediumSpec, ObjectName
 from .messages import ROLES
@@ -60,16 +59,6 @@ class SessionOffer:
         """Close our copies of the descriptors."""
         close_all(self.fds.values())
         self.fds.clear()
-
-
-@contextlib.contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Signals to stop come after the block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class PoolHost:
@@ -155,7 +144,7 @@ class PoolHost:
 
     def _object(self, medium: MediumSpec, part: str, bytes_: int) -> MediumObject:
         name = ObjectName(self.spec.name, self.pool_id.hex()[:16], part, os.geteuid())
-        with _signals_wait():  # or a stop in between leaves a name that nobody removes
+        with signals_wait():  # or a stop in between leaves a name that nobody removes
             made = media.create(medium, name, bytes_)
             self._undo.callback(made.close)
             self._undo.callback(made.unlink)

@@ -7,9 +7,11 @@ Nothing here is a proof of death: that is the liveness lock (I6).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -123,3 +125,13 @@ def boot_id(proc: Path = PROC) -> bytes:
         return bytes.fromhex((proc / "sys/kernel/random/boot_id").read_text().replace("-", ""))
     except (OSError, ValueError):
         return bytes(16)
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Signals to stop come after the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -226,9 +226,9 @@ static void sleep_once(struct cn_keeper *k)
 }
 
 /*
- * How long to poll before sleeping: spin_us, and longer while work comes more often than it takes to
- * wake this thread, so that a stream of puts rings no doorbell. gap_ns: mean time between two rounds
- * that had work, each counted as at most SPIN_MAX times spin_us.
+ * How long to poll before sleeping: spin_us, and longer while work comes more often than it takes
+ * to wake this thread, so that a stream of puts rings no doorbell. gap_ns: mean time between two
+ * rounds that had work, each counted as at most SPIN_MAX times spin_us.
  */
 static uint64_t spin_ns(const struct cn_keeper *k, uint64_t gap_ns)
 {
