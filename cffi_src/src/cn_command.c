@@ -137,8 +137,8 @@ static int do_namespace_open(struct cn_keeper *k, void *args)
 static void requeue(struct cn_keeper *k)
 {
     for (uint32_t d = 0; d < k->fresh; d++) {
-        if (k->nodes[d].reserved == CN_DOMAIN_NONE) {
-            k->nodes[d].reserved = 0;
+        if (k->nodes[d].domain == CN_DOMAIN_NONE) {
+            k->nodes[d].domain = 0;
             cn_policy_add(k, d, false);
         }
     }
@@ -152,7 +152,7 @@ static void requeue_namespace(struct cn_keeper *k, uint32_t slot)
             cn_place_ns(k->catalog.chunks[d].place) != slot)
             continue;
         cn_policy_drop(k, d, false);
-        k->nodes[d].reserved = CN_DOMAIN_NONE;
+        k->nodes[d].domain = CN_DOMAIN_NONE;
     }
     requeue(k);
 }
@@ -181,7 +181,7 @@ static void change_policy(struct cn_keeper *k, const char *name)
     /* All out of the old lists before the first is in a new one: an insert looks at its parent. */
     for (uint32_t d = 0; d < k->fresh; d++)
         if (cn_word_state(cn_chunk_word(k, d)) == CN_LIVE && k->nodes[d].queue != 0)
-            k->nodes[d].reserved = CN_DOMAIN_NONE;
+            k->nodes[d].domain = CN_DOMAIN_NONE;
     for (uint32_t i = 0; i < k->domain_count; i++) {
         cn_policy_destroy(k->domains[k->domain_list[i]]);
         k->domains[k->domain_list[i]] = NULL;

@@ -34,7 +34,6 @@ bool cn_isa_present(enum cn_isa isa);
 #define CN_LINE_BYTES 64u
 /* How far ahead each of the three streams is prefetched. */
 #define CN_AHEAD_BYTES 2048u
-/* Shorter copies out are the C library's: three streams do not pay before a block or two. */
 
 enum cn_store {
     CN_STORE_NONE,   /* sum only */

@@ -145,7 +145,7 @@ uint64_t cn_evict_batch(struct cn_keeper *k, uint32_t ns, uint64_t want_bytes, u
         uint32_t d = p->ops->victim(p, now_s(k));
         if (!may_leave(k, d)) {
             p->ops->skip(p, d, now_s(k));
-            k->domain_skips[k->nodes[d].reserved]++;
+            k->domain_skips[k->nodes[d].domain]++;
             if (skips-- == 0)
                 break;
             continue;

@@ -134,7 +134,7 @@ struct cn_keeper {
     uint32_t spin_us;
     char policy_name[32];
 
-    struct cn_policy_node *nodes; /* one a descriptor; reserved = its domain */
+    struct cn_policy_node *nodes; /* one a descriptor */
     uint32_t *children;           /* resident chunks that name it as parent */
     uint32_t fresh;               /* descriptors from here on were never used */
     uint32_t free_head;           /* freed ones, linked through the nodes */

@@ -12,7 +12,7 @@
 static void policy_replace(struct cn_keeper *k, uint32_t d, uint32_t d2)
 {
     struct cn_policy_node *node = &k->nodes[d];
-    struct cn_policy *p = k->domains[node->reserved];
+    struct cn_policy *p = k->domains[node->domain];
     k->nodes[d2] = *node;
     if (node->queue == 0 || p == NULL)
         return;

@@ -25,8 +25,8 @@ struct cn_policy_node { /* 16 bytes a descriptor */
     uint32_t next;
     uint32_t last_use_s;
     uint8_t uses;
-    uint8_t queue; /* index into heads + 1; 0 = in no list */
-    uint16_t reserved;
+    uint8_t queue;   /* index into heads + 1; 0 = in no list */
+    uint16_t domain; /* the keeper's: which instance it is in */
 };
 
 _Static_assert(sizeof(struct cn_policy_node) == 16, "a node is 16 bytes a descriptor");

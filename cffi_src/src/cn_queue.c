@@ -14,7 +14,7 @@ uint32_t cn_parent_of(void *keeper, uint32_t d)
     const struct cn_keeper *k = keeper;
     uint32_t parent = cn_live_of(k, k->catalog.cold[d].parent);
     /* Only one of the same queue set: a chain may cross from one tenant's domain to another. */
-    if (parent == CN_NONE || k->nodes[parent].reserved != k->nodes[d].reserved ||
+    if (parent == CN_NONE || k->nodes[parent].domain != k->nodes[d].domain ||
         k->nodes[parent].queue == 0)
         return CN_NONE;
     return parent;
@@ -56,9 +56,9 @@ static uint32_t band_in_chain(const struct cn_keeper *k, uint32_t d, bool orphan
     uint32_t parent = cn_live_of(k, k->catalog.cold[d].parent);
     if (orphan)
         return 0;
-    if (parent == CN_NONE || k->nodes[parent].reserved == 0)
+    if (parent == CN_NONE || k->nodes[parent].domain == 0)
         return band;
-    uint32_t above = (k->nodes[parent].reserved - 1u) % CN_BANDS;
+    uint32_t above = (k->nodes[parent].domain - 1u) % CN_BANDS;
     return band < above ? band : above;
 }
 
@@ -69,7 +69,7 @@ void cn_policy_add(struct cn_keeper *k, uint32_t d, bool orphan)
     struct cn_policy *p = domain_of(k, ns, band_in_chain(k, d, orphan), &id);
     if (p == NULL)
         return; /* memory is short: the chunk stays until it is deleted or the pool restarts */
-    k->nodes[d].reserved = id;
+    k->nodes[d].domain = id;
     cn_policy_set_capacity(p, capacity_in_chunks(k));
     p->ops->insert(p, d, cn_parent_of(k, d), cn_chunk_hash(k, d).h1,
                    (uint32_t)(k->realtime_ns / NS_IN_S));
@@ -77,7 +77,7 @@ void cn_policy_add(struct cn_keeper *k, uint32_t d, bool orphan)
 
 void cn_policy_touch(struct cn_keeper *k, uint32_t d)
 {
-    struct cn_policy *p = k->domains[k->nodes[d].reserved];
+    struct cn_policy *p = k->domains[k->nodes[d].domain];
     uint64_t hash = cn_chunk_hash(k, d).h1;
     if (k->nodes[d].queue != 0 && p != NULL)
         p->ops->touch(p, &d, &hash, 1, (uint32_t)(k->realtime_ns / NS_IN_S));
@@ -85,10 +85,10 @@ void cn_policy_touch(struct cn_keeper *k, uint32_t d)
 
 void cn_policy_drop(struct cn_keeper *k, uint32_t d, bool evicted)
 {
-    struct cn_policy *p = k->domains[k->nodes[d].reserved];
+    struct cn_policy *p = k->domains[k->nodes[d].domain];
     if (k->nodes[d].queue != 0 && p != NULL)
         p->ops->remove(p, d, cn_chunk_hash(k, d).h1, evicted);
-    k->nodes[d].reserved = 0;
+    k->nodes[d].domain = 0;
 }
 
 /* ---- timers: a binary heap of (time, ref); a ref that is gone by then is passed over ---- */

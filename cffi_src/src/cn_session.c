@@ -148,9 +148,9 @@ static void touch_chain(struct cn_keeper *k, uint32_t count)
 {
     uint32_t now_s = (uint32_t)(k->realtime_ns / 1000000000ull);
     for (uint32_t from = 0; from < count;) {
-        uint16_t domain = k->nodes[k->chain[from]].reserved;
+        uint16_t domain = k->nodes[k->chain[from]].domain;
         uint32_t to = from + 1;
-        while (to < count && k->nodes[k->chain[to]].reserved == domain)
+        while (to < count && k->nodes[k->chain[to]].domain == domain)
             to++;
         struct cn_policy *p = k->domains[domain];
         if (p != NULL)
