@@ -39,6 +39,7 @@ from bench.common import (  # noqa: E402  # needs the path above
     Worker,
     cpus,
     pin,
+    pinned,
     random_keys,
     report,
 )
@@ -117,18 +118,16 @@ def echo(ask: int, answer: int) -> None:
         os.eventfd_write(answer, 1)
 
 
-def _round_trips(rounds: int, allowed: list[int]) -> list[float]:
+def _round_trips(rounds: int) -> list[float]:
     """Microseconds of eventfd round trips between two processes that both sleep in between."""
     ask, answer = (os.eventfd(0, 0) for _ in range(2))
-    mine = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {allowed[KEEPER % len(allowed)]})  # inherited
-    child = os.posix_spawn(
-        sys.executable,
-        [sys.executable, __file__, "--echo", json.dumps([ask, answer])],
-        {**os.environ, "PYTHONSAFEPATH": "1"},
-        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
-    )
-    os.sched_setaffinity(0, mine)
+    with pinned(KEEPER):
+        child = os.posix_spawn(
+            sys.executable,
+            [sys.executable, __file__, "--echo", json.dumps([ask, answer])],
+            {**os.environ, "PYTHONSAFEPATH": "1"},
+            file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
+        )
     took = []
     for _ in range(rounds):
         begun = time.monotonic_ns()
@@ -148,8 +147,7 @@ def measure(rounds: int) -> list[Row]:
     awake: list[float] = []
     asleep: list[float] = []
     trips: list[float] = []
-    allowed = cpus()
-    beside = READER if len(allowed) > READER else WRITER
+    beside = READER if len(cpus()) > READER else WRITER
     with contextlib.ExitStack() as stack:
         daemon = stack.enter_context(PrivateDaemon(64 * MIB, cpu_index=KEEPER))
         argv = (__file__, "--reader", str(daemon.socket))
@@ -160,7 +158,7 @@ def measure(rounds: int) -> list[Row]:
             for _ in range(4):
                 awake += _visible(cache, reader, rounds // 4, awake=True)
                 asleep += _visible(cache, reader, rounds // 4, awake=False)
-                trips += _round_trips(rounds // 4, allowed)
+                trips += _round_trips(rounds // 4)
     trip = statistics.median(trips)
     sleeping = statistics.median(asleep)
     return [

@@ -174,15 +174,30 @@ def throughput(run: Callable[[], object], moved_bytes: int) -> Callable[[], floa
     return lambda: moved_bytes / cpu_seconds(run) / 1e9
 
 
-def cpus() -> list[int]:
-    """The CPUs that this process may use."""
-    return sorted(os.sched_getaffinity(0))
+# Read before anything is pinned: a pinned process would count one CPU, and put everybody on it.
+_ALLOWED: Final = tuple(sorted(os.sched_getaffinity(0)))
 
 
-def pin(cpu_index: int) -> None:
-    """Keep this process on one of its CPUs; with a single one there is no choice."""
-    allowed = cpus()
-    os.sched_setaffinity(0, {allowed[cpu_index % len(allowed)]})
+def cpus() -> tuple[int, ...]:
+    """The CPUs that this process could use when it started."""
+    return _ALLOWED
+
+
+def pin(cpu_index: int | None) -> None:
+    """Keep this process on one of its CPUs, or let it run on all (None)."""
+    chosen = _ALLOWED if cpu_index is None else {_ALLOWED[cpu_index % len(_ALLOWED)]}
+    os.sched_setaffinity(0, chosen)
+
+
+@contextlib.contextmanager
+def pinned(cpu_index: int | None) -> Iterator[None]:
+    """While it is open, children are born on that CPU, or free to run on all (None)."""
+    before = os.sched_getaffinity(0)
+    pin(cpu_index)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 # ---- daemons ------------------------------------------------------------------------------------
@@ -223,10 +238,7 @@ class PrivateDaemon:
             *("--run-dir", str(self.folder), "--socket", str(self.socket), "--name", self.name),
             *("--size", str(size_bytes), "--medium", medium, "--log-format", "text", *flags),
         ]
-        before = os.sched_getaffinity(0)
-        if cpu_index is not None:
-            pin(cpu_index)  # inherited
-        with self._log.open("ab") as log:
+        with self._log.open("ab") as log, pinned(cpu_index):
             self.process = subprocess.Popen(
                 argv,
                 stdout=subprocess.PIPE,
@@ -235,7 +247,6 @@ class PrivateDaemon:
                 text=True,
                 env=_clean_environment(),
             )
-        os.sched_setaffinity(0, before)
         assert self.process.stdout is not None
         if not self.process.stdout.readline().startswith("ready"):
             said = self._log.read_text()[-2000:]
@@ -294,17 +305,14 @@ class Worker:
 
     def __init__(self, *argv: str, cpu_index: int | None = None) -> None:
         self._argv = argv
-        before = os.sched_getaffinity(0)
-        if cpu_index is not None:
-            pin(cpu_index)
-        self.process = subprocess.Popen(
-            [sys.executable, *argv],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=_clean_environment(),
-        )
-        os.sched_setaffinity(0, before)
+        with pinned(cpu_index):
+            self.process = subprocess.Popen(
+                [sys.executable, *argv],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=_clean_environment(),
+            )
 
     def say(self, text: str = "go") -> None:
         """Send a line."""
