@@ -319,8 +319,10 @@ class Link:
             return
         poll.register(descriptor, select.POLLRDHUP)
         poll.poll()
-        if self._channel is not None and not self._stop.is_set():
-            self._channel.close()
+        # Not under a request that waits: a daemon that ends answers first, and then hangs up.
+        with self._lock:
+            if self._channel is not None and not self._stop.is_set():
+                self._channel.close()
 
     def _redial(self, backoff: Backoff) -> bool:
         """Try until a daemon is there (True) or the pool is closed or forgotten (False)."""

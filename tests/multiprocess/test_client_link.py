@@ -266,9 +266,42 @@ def bare_link() -> connections.Link:
     """A link as its thread leaves it between two daemons: nobody is connected."""
     link = connections.Link.__new__(connections.Link)
     link._stop = threading.Event()
+    link._lock = threading.Lock()
     link._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     link._channel = None
     return link
+
+
+class Mourner:
+    """Stands where the pool is: it is told that the daemon went."""
+
+    def _lost(self) -> None:
+        pass
+
+    def _adopt(self, *_: object) -> None:
+        raise AssertionError("nobody is to be found again")
+
+
+def answer_and_hang_up(sock: socket.socket) -> None:
+    with sock:
+        sock.recv(4096)
+        sock.sendall(wire.encode(wire.success(1, said="goodbye")))
+
+
+def test_last_words_of_a_daemon_are_heard() -> None:
+    """An answer that the daemon gave before it hung up reaches who asked, every time."""
+    pool = Mourner()
+    for _ in range(200):
+        ours, theirs = socket.socketpair()
+        daemon = threading.Thread(target=answer_and_hang_up, args=(theirs,))
+        daemon.start()
+        target = connections.Target(Path("gone.sock"), None, "", 1.0)
+        link = connections.Link(target, wire.Channel(ours), pool, backoff=None)
+        try:
+            assert link.request("destroy", timeout_s=PATIENCE_S)["said"] == "goodbye"
+        finally:
+            daemon.join(PATIENCE_S)
+            link.close()
 
 
 def test_close_during_a_reconnect_ends_the_thread() -> None:
