@@ -15,7 +15,7 @@ is raised.
 
 from __future__ import annotations
 
-from cenote.shm.grant import guard_copies
+from cenote.shm.transfer import guard_copies
 
 from . import errors, keys
 from .chunk import Chunk

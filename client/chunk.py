@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from cenote.shm import handle as _handle
-from cenote.shm.grant import copy_out
+from cenote.shm.transfer import copy_out
 
 from . import tensors
 from .errors import ChunkLost, ForkedChild

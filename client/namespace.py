@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from cenote.shm import grant as _grant
 from cenote.shm import handle as _handle
+from cenote.shm import transfer as _transfer
 
 from .chunk import Chunk
 from .errors import InvalidArgument, NotWritable, PoolGone
@@ -38,10 +38,11 @@ _U32_MAX: Final = (1 << 32) - 1
 class Binding:
     """A namespace in one attachment. Immutable: a reconnect makes another one."""
 
-    __slots__ = ("attachment", "id", "slot")
+    __slots__ = ("attachment", "calls", "id", "slot")
 
     def __init__(self, attachment: Attachment, slot: int, namespace_id: bytes) -> None:
         self.attachment = attachment
+        self.calls = attachment.handle.calls
         self.slot = slot
         self.id = namespace_id
 
@@ -68,12 +69,12 @@ class Cache:
     def _bind(self, binding: Binding) -> None:
         """Point every method at *binding*; each of them changes by one store."""
         self._binding = binding
-        hit, slot = binding.attachment.handle.hit, binding.slot
+        calls, slot = binding.calls, binding.slot
         self.__dict__.update(
-            get=partial(hit.get, slot),
-            match=partial(hit.match, slot),
-            get_many=partial(hit.get_many, slot),
-            lease_many=partial(hit.lease_many, slot),
+            get=partial(calls.get, slot),
+            match=partial(calls.match, slot),
+            get_many=partial(calls.get_many, slot),
+            lease_many=partial(calls.lease_many, slot),
         )
 
     @property
@@ -86,7 +87,7 @@ class Cache:
     def match(self, keys: Keys) -> int:
         """Return the length of the longest prefix of *keys* that is present. Touches no recency."""
         binding = self._binding
-        return binding.attachment.handle.hit.match(binding.slot, keys)
+        return binding.calls.match(binding.slot, keys)
 
     def get(self, key: Key) -> Chunk | None:
         """
@@ -101,12 +102,12 @@ class Cache:
             PoolGone: The pool was closed.
         """
         binding = self._binding
-        return binding.attachment.handle.hit.get(binding.slot, key)
+        return binding.calls.get(binding.slot, key)
 
     def get_many(self, keys: Keys) -> list[Chunk]:
         """Lease the longest present prefix of *keys*: the first absent key ends the list."""
         binding = self._binding
-        return binding.attachment.handle.hit.get_many(binding.slot, keys)
+        return binding.calls.get_many(binding.slot, keys)
 
     def lease_many(self, keys: Keys) -> _handle.Batch:
         """
@@ -116,7 +117,7 @@ class Cache:
         it until the last of them is done.
         """
         binding = self._binding
-        return binding.attachment.handle.hit.lease_many(binding.slot, keys)
+        return binding.calls.lease_many(binding.slot, keys)
 
     # ---- storing -------------------------------------------------------------------------------
 
@@ -152,24 +153,14 @@ class Cache:
             NotWritable: This session is a reader's.
             PoolGone: No daemon is there to link it.
         """
-        binding = self._writable()
-        key_raw, parent_raw = _one_key(key, "key"), _parent_key(parent)
-        if not 0 <= len(meta) <= _handle.META_BYTES_MAX:
-            raise ValueError(
-                f"meta has {len(meta)} bytes, and {_handle.META_BYTES_MAX} are allowed"
-            )
-        if nbytes < 1:
-            raise ValueError(f"a chunk of {nbytes} bytes: it has 1 at least")
-        place = _position(binding, parent, parent_raw) if position is None else position
-        record = _record(
-            binding.slot,
-            key_raw,
-            parent_raw,
-            position=place,
-            ttl_s=ttl_s,
-            priority=priority,
+        binding = self._binding
+        put = binding.calls.put(
+            binding.slot, key, nbytes, parent, position, ttl_s, priority, meta, wait_ms
         )
-        return Put(binding.attachment, nbytes, record, bytes(meta), max(wait_ms, 0))
+        if put is None:
+            self._writable()  # says why
+            self._refuse()
+        return put
 
     def put_many(
         self,
@@ -207,14 +198,14 @@ class Cache:
         """
         binding = self._writable()
         packed = _handle.packed_keys(keys)
-        prompt = _grant.Prompt(buffers)
+        prompt = _transfer.Prompt(buffers)
         if prompt.count != len(packed) // KEY_BYTES:
             raise ValueError(
                 f"{len(packed) // KEY_BYTES} keys and {prompt.count} buffers: give one for each"
             )
         if not packed:
             return 0
-        return _grant.put_many(
+        return _transfer.put_many(
             binding.attachment.handle,
             prompt,
             _record(
@@ -323,18 +314,6 @@ def _parent_key(parent: Key | Chunk | Put | None) -> bytes | None:
     return _one_key(parent, "parent")
 
 
-def _position(binding: Binding, parent: Key | Chunk | Put | None, parent_key: bytes | None) -> int:
-    """One behind the parent's; POSITION_UNKNOWN when that is not known here (yet)."""
-    if parent_key is None:
-        return 0
-    if isinstance(parent, Put):
-        before = parent.position
-    else:
-        before = binding.attachment.handle.position_of(binding.slot, parent_key)
-    known = before < _handle.POSITION_UNKNOWN - 1
-    return before + 1 if known else _handle.POSITION_UNKNOWN
-
-
 def _record(
     slot: int,
     key: bytes,
@@ -343,14 +322,14 @@ def _record(
     position: int,
     ttl_s: int | None,
     priority: int,
-) -> _grant.Record:
+) -> _transfer.Record:
     if not 0 <= position <= _U32_MAX:
         raise ValueError(f"position {position}: give 0 .. 2^32-1")
     if not -128 <= priority <= 127:
         raise ValueError(f"priority {priority}: give -128 .. 127")
     if ttl_s is not None and not 1 <= ttl_s <= _U32_MAX:
         raise ValueError(f"ttl_s is {ttl_s}: give 1 .. 2^32-1 seconds, or None for ever")
-    return _grant.Record(slot, key, parent, position, ttl_s or 0, priority)
+    return _transfer.Record(slot, key, parent, position, ttl_s or 0, priority)
 
 
 def _milliseconds(timeout_s: float) -> int:

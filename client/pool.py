@@ -30,6 +30,7 @@ from .chunk import Chunk, Token
 from .errors import CenoteError, ForkedChild, InvalidArgument, PoolGone, ProtocolError, Timeout
 from .manifest import Manifest
 from .namespace import CALL_TIMEOUT_S, Binding, Cache
+from .put import Put
 
 if TYPE_CHECKING:
     from cenote.shm.wire import Channel
@@ -107,16 +108,28 @@ _COUNTER_OF: Final = {
 class Attachment:
     """One mapping of one pool. Immutable, but for `connected`."""
 
-    __slots__ = ("checksum", "connected", "handle", "pool", "pool_id", "role", "welcome")
+    __slots__ = ("_connected", "checksum", "handle", "pool", "pool_id", "role", "welcome")
 
     def __init__(self, welcome: Welcome, mapping: SessionMapping) -> None:
-        self.handle: Handle[Chunk] = Handle(mapping, Chunk, welcome.pool)
+        self.handle: Handle[Chunk, Put] = Handle(
+            mapping, Chunk, Put, welcome.pool, welcome.checksum
+        )
         self.welcome = welcome
         self.pool = welcome.pool
         self.pool_id = welcome.pool_id
         self.role = welcome.role
         self.checksum = welcome.checksum
         self.connected = True
+
+    @property
+    def connected(self) -> bool:
+        """Is its daemon there?"""
+        return self._connected
+
+    @connected.setter
+    def connected(self, connected: bool) -> None:
+        self._connected = connected
+        self.handle.calls.accepting = connected and self.role != "reader"
 
     def namespace_id(self, slot: int) -> bytes:
         """Return the id of the namespace in *slot*."""
@@ -240,7 +253,7 @@ class Pool:
             self._check_usable()
             return None
         head = int.from_bytes(parsed.key_head, "little")
-        return attachment.handle.hit.open(parsed.ref, head)
+        return attachment.handle.calls.open(parsed.ref, head)
 
     # ---- about the pool ------------------------------------------------------------------------
 

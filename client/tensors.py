@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from cenote.shm.grant import copy_out
-from cenote.shm.handle import Grant, Lease
+from cenote.shm.handle import Lease, Span
+from cenote.shm.transfer import copy_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,14 +80,14 @@ def tensor_of(
     return values if shape is None else values.reshape(shape)
 
 
-def writable_face(lease: Lease) -> Grant:
+def writable_face(lease: Lease) -> Span:
     """
     Return a buffer over the chunk that claims to be writable and is not: the mapping is read-only.
 
     For consumers that refuse or warn about read-only buffers. It holds the lease.
     """
     # The owner is a view, not the chunk: a view outlives chunk.release(), and the lease with it.
-    return Grant(lease.address, lease.nbytes, lease.memory)
+    return Span(lease.address, lease.nbytes, lease.memory)
 
 
 def dlpack_of(lease: Lease, *, max_version: tuple[int, int] | None, **options: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 from cenote._native import _core, _lease, _short
 
 from . import errors
+from .session import CHECKSUMS
 
 if TYPE_CHECKING:
     from _cffi_backend import CData
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
 Lease = _lease.Lease
 Batch = _lease.Batch
-Grant = _lease.Grant
-HitPath = _lease.Client
+Put = _lease.Put
+Span = _lease.Span
+Client = _lease.Client
 Buffer = bytes | bytearray | memoryview
 ChunkT = TypeVar("ChunkT", bound=Lease)
+PutT = TypeVar("PutT", bound=Put)
 
 KEY_BYTES: Final = _core.lib.CN_KEY_BYTES
 KEYS_PER_CALL_MAX: Final = _core.lib.CN_KEYS_PER_CALL_MAX
@@ -38,6 +41,7 @@ OP_PIN: Final = _core.lib.CN_OP_PIN
 OP_UNPIN: Final = _core.lib.CN_OP_UNPIN
 OP_DELETE: Final = _core.lib.CN_OP_DELETE
 EVENTS_A_READ: Final = 256
+KEEP_GIL_BELOW_BYTES: Final = _lease.KEEP_GIL_BELOW_BYTES
 
 _POOL_ID_OFF: Final = _core.ffi.offsetof("struct cn_super", "pool_id")
 _STATES_WITH_KEY: Final = (_core.lib.CN_LIVE, _core.lib.CN_DYING)
@@ -116,6 +120,15 @@ def is_forked(mapping: Mapping) -> bool:
     return bool(_short.lib.cn_client_forked(_core.ffi.cast("struct cn_client *", mapping.ptr)))
 
 
+def ring_is_roomy(mapping: Mapping) -> bool:
+    """Can a commit be expected not to wait?"""
+    client = _core.ffi.cast("struct cn_client *", mapping.ptr)
+    session = _short.lib.cn_client_session(client)
+    ring = _core.ffi.cast("struct cn_session_head *", session)
+    used = (ring.sub_tail - ring.sub_head) & 0xFFFFFFFFFFFFFFFF
+    return bool(used < _core.lib.CN_RING_RECORDS // 2)
+
+
 def key_of(mapping: Mapping, ref: int) -> bytes | None:
     """
     Return the key of the chunk that *ref* names, or None when the descriptor moved on.
@@ -139,26 +152,38 @@ def _has_key(word: int, generation: int) -> bool:
     return word >> 32 == generation and word >> 24 & 0xFF in _STATES_WITH_KEY
 
 
-class Handle(Generic[ChunkT]):
+class Handle(Generic[ChunkT, PutT]):
     """
     One attachment: the hit path, and everything else that a session may ask for.
 
     Args:
         mapping: What `session.attach` returned.
         chunk_type: The subclass of Lease whose instances lookups return.
+        put_type: The subclass of Put that reservations are.
         pool: The pool's name, for messages.
+        checksum: "off", "lazy" or "commit".
+
+    Attributes:
+        calls: Hits and puts, as C callables.
     """
 
-    __slots__ = ("_ring", "catalog", "client", "hit", "mapping", "pool")
+    __slots__ = ("calls", "catalog", "client", "mapping", "pool")
 
-    def __init__(self, mapping: Mapping, chunk_type: type[ChunkT], pool: str) -> None:
+    def __init__(
+        self,
+        mapping: Mapping,
+        chunk_type: type[ChunkT],
+        put_type: type[PutT],
+        pool: str,
+        checksum: str,
+    ) -> None:
         self.mapping = mapping
         self.pool = pool
         self.client: CData = _core.ffi.cast("struct cn_client *", mapping.ptr)
         self.catalog: CData = _core.ffi.cast("struct cn_super *", mapping.catalog)
-        session = _short.lib.cn_client_session(self.client)
-        self._ring: CData = _core.ffi.cast("struct cn_session_head *", session)
-        self.hit: HitPath[ChunkT] = HitPath(mapping.ptr, mapping, chunk_type)
+        self.calls: Client[ChunkT, PutT] = Client(
+            mapping.ptr, mapping, chunk_type, put_type, pool, CHECKSUMS.index(checksum)
+        )
 
     @property
     def pool_id(self) -> bytes:
@@ -180,11 +205,6 @@ class Handle(Generic[ChunkT]):
         """Has the daemon given this pool up?"""
         return bool(self.catalog.pool_state != _core.lib.CN_POOL_SERVING)
 
-    def ring_is_roomy(self) -> bool:
-        """Can a commit be expected not to wait? Then it may keep the GIL."""
-        used = (self._ring.sub_tail - self._ring.sub_head) & 0xFFFFFFFFFFFFFFFF
-        return bool(used < _core.lib.CN_RING_RECORDS // 2)
-
     def close(self) -> None:
         """Take no new leases or grants; what lives stays good."""
         _short.lib.cn_client_close(self.client)
@@ -201,16 +221,6 @@ class Handle(Generic[ChunkT]):
         status = _core.lib.cn_keys_op(self.client, op, slot, keys, count, arg, wait_ms, done)
         errors.check(status, f"pin, unpin or delete {count} keys in pool {self.pool!r}")
         return int(done[0])
-
-    def position_of(self, slot: int, key: bytes) -> int:
-        """Return the chain position of the chunk under *key*, or POSITION_UNKNOWN."""
-        found = _core.ffi.new("uint32_t *")
-        if _short.lib.cn_find(self.catalog, slot, key, found) < 0:
-            return POSITION_UNKNOWN
-        chunk, cold = _core.ffi.new("struct cn_chunk *"), _core.ffi.new("struct cn_cold *")
-        if _short.lib.cn_chunk_read(self.catalog, found[0], chunk, cold) < 0:
-            return POSITION_UNKNOWN
-        return int(cold.position)
 
     def namespace_id(self, slot: int) -> bytes:
         """Return the id of the namespace in *slot*; zeroes when there is none."""

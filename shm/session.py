@@ -17,7 +17,7 @@ from .wire import PROTOCOL_VERSION, Message, WireError, close_all
 
 REGIONS_MAX: Final = _core.lib.CN_REGIONS_MAX
 MEDIA: Final = {"shm": 1, "memfd": 2, "file": 3, "devdax": 4}  # enum cn_medium
-CHECKSUMS: Final = ("off", "lazy", "commit")
+CHECKSUMS: Final = ("off", "lazy", "commit")  # in the order of cffi_src/lease/lease.h
 _SIZE_MAX: Final = 2**63 - 1
 
 

@@ -212,7 +212,11 @@ int cn_view_meta(const struct cn_client *client, const struct cn_view *view, con
 /* CRC of the bytes against the recorded one: CN_OK, CN_ELOST, CN_EMISS when none is recorded. */
 int cn_view_verify(const struct cn_client *client, const struct cn_view *view);
 
-/* An extent for data_bytes + meta_bytes from the stock, waiting at most wait_ms for the keeper. */
+/* An extent for data_bytes + meta_bytes from the stock; CN_EFULL when it has none of that size: the
+ * call below asks the keeper. Never waits. */
+int cn_reserve_now(struct cn_client *client, uint64_t data_bytes, uint32_t meta_bytes,
+                   struct cn_grant *ret_grant);
+/* The same, waiting at most wait_ms for the keeper; once asked, it has 20 ms to answer. */
 int cn_reserve(struct cn_client *client, uint64_t data_bytes, uint32_t meta_bytes, uint32_t wait_ms,
                struct cn_grant *ret_grant);
 /* Writes one ring record; no reply. On CN_OK the grant is used up, whatever the keeper makes of the

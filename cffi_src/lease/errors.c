@@ -2,17 +2,42 @@
 /* Errors are defined once, in cenote._native.errors. */
 #include "lease.h"
 
-static PyObject *raise_named(const char *name, const char *message)
+static PyObject *errors_attribute(const char *name)
 {
     PyObject *errors = PyImport_ImportModule("cenote._native.errors");
     if (errors == NULL)
         return NULL;
-    PyObject *type = PyObject_GetAttrString(errors, name);
+    PyObject *found = PyObject_GetAttrString(errors, name);
     Py_DECREF(errors);
-    if (type == NULL)
-        return NULL;
-    PyErr_SetString(type, message);
-    Py_DECREF(type);
+    return found;
+}
+
+PyObject *cn_raise_named(const char *name, PyObject *message)
+{
+    PyObject *type = message == NULL ? NULL : errors_attribute(name);
+    if (type != NULL)
+        PyErr_SetObject(type, message);
+    Py_XDECREF(type);
+    Py_XDECREF(message);
+    return NULL;
+}
+
+static PyObject *raise_named(const char *name, const char *message)
+{
+    return cn_raise_named(name, PyUnicode_FromString(message));
+}
+
+PyObject *cn_raise_error(int status, PyObject *what)
+{
+    PyObject *error_of = what == NULL ? NULL : errors_attribute("error_of");
+    PyObject *error = NULL;
+    if (error_of != NULL)
+        error = PyObject_CallFunction(error_of, "iO", status, what);
+    if (error != NULL)
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_XDECREF(error);
+    Py_XDECREF(error_of);
+    Py_XDECREF(what);
     return NULL;
 }
 

@@ -103,8 +103,8 @@ static const uint8_t *one_key(PyObject *object, uint8_t *storage)
     return copy_key(object, 0, storage) == 0 ? storage : NULL;
 }
 
-static int slot_of(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, const char *name,
-                   uint32_t *ret_slot)
+int cn_slot_of(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, const char *name,
+               uint32_t *ret_slot)
 {
     if (given != wanted) {
         PyErr_Format(PyExc_TypeError, "%s() takes %zd arguments, %zd given", name, wanted, given);
@@ -145,7 +145,7 @@ static PyObject *client_get(PyObject *object, PyObject *const *args, Py_ssize_t 
     uint32_t slot;
     uint8_t storage[CN_KEY_BYTES];
     struct cn_view view;
-    if (slot_of(args, nargs, 2, "get", &slot) != 0)
+    if (cn_slot_of(args, nargs, 2, "get", &slot) != 0)
         return NULL;
     const uint8_t *key = one_key(args[1], storage);
     if (key == NULL)
@@ -172,7 +172,7 @@ static PyObject *client_match(PyObject *object, PyObject *const *args, Py_ssize_
     uint32_t slot;
     uint32_t count;
     struct keys keys;
-    if (slot_of(args, nargs, 2, "match", &slot) != 0 || keys_open(args[1], &keys) != 0)
+    if (cn_slot_of(args, nargs, 2, "match", &slot) != 0 || keys_open(args[1], &keys) != 0)
         return NULL;
     int status = cn_match(self->client, slot, keys.bytes, (uint32_t)keys.count, &count);
     keys_close(&keys);
@@ -208,7 +208,7 @@ static PyObject *client_get_many(PyObject *object, PyObject *const *args, Py_ssi
     Client *self = (Client *)object;
     uint32_t slot;
     uint32_t count;
-    if (slot_of(args, nargs, 2, "get_many", &slot) != 0)
+    if (cn_slot_of(args, nargs, 2, "get_many", &slot) != 0)
         return NULL;
     struct cn_view *views = lease_prefix(self, slot, args[1], &count);
     if (views == NULL)
@@ -234,7 +234,7 @@ static PyObject *client_lease_many(PyObject *object, PyObject *const *args, Py_s
     Client *self = (Client *)object;
     uint32_t slot;
     uint32_t count;
-    if (slot_of(args, nargs, 2, "lease_many", &slot) != 0)
+    if (cn_slot_of(args, nargs, 2, "lease_many", &slot) != 0)
         return NULL;
     struct cn_view *views = lease_prefix(self, slot, args[1], &count);
     if (views == NULL)
@@ -253,40 +253,72 @@ static PyObject *client_lease_many(PyObject *object, PyObject *const *args, Py_s
     return (PyObject *)batch;
 }
 
+/* A type of this module, by name. */
+static PyTypeObject *own_type(PyObject *module, const char *name)
+{
+    return (PyTypeObject *)PyObject_GetAttrString(module, name);
+}
+
+static int check_subclass(PyObject *type, PyTypeObject *base, const char *what)
+{
+    if (base == NULL)
+        return -1;
+    int is = PyObject_IsSubclass(type, (PyObject *)base);
+    if (is == 0)
+        PyErr_Format(PyExc_TypeError, "%s must be a subclass of %R", what, base);
+    return is == 1 ? 0 : -1;
+}
+
+static int client_types(Client *self, PyObject *chunk_type, PyObject *put_type)
+{
+    PyObject *module = PyImport_ImportModule("cenote._native._lease");
+    if (module == NULL)
+        return -1;
+    PyTypeObject *lease = own_type(module, "Lease");
+    PyTypeObject *put = own_type(module, "Put");
+    self->batch_type = own_type(module, "Batch");
+    self->extent_type = own_type(module, "Extent");
+    Py_DECREF(module);
+    int failed = self->batch_type == NULL || self->extent_type == NULL ||
+                 check_subclass(chunk_type, lease, "chunk_type") != 0 ||
+                 check_subclass(put_type, put, "put_type") != 0;
+    Py_XDECREF((PyObject *)lease);
+    Py_XDECREF((PyObject *)put);
+    if (failed)
+        return -1;
+    self->chunk_type = (PyTypeObject *)Py_NewRef(chunk_type);
+    self->chunk_alloc = (allocfunc)PyType_GetSlot(self->chunk_type, Py_tp_alloc);
+    self->put_type = (PyTypeObject *)Py_NewRef(put_type);
+    self->put_alloc = (allocfunc)PyType_GetSlot(self->put_type, Py_tp_alloc);
+    self->extent_alloc = (allocfunc)PyType_GetSlot(self->extent_type, Py_tp_alloc);
+    return 0;
+}
+
 static PyObject *client_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     unsigned long long address;
     PyObject *owner;
     PyObject *chunk_type;
+    PyObject *put_type;
+    PyObject *pool;
+    int checksum;
     if (kwargs != NULL && PyDict_Size(kwargs) > 0)
         return PyErr_Format(PyExc_TypeError, "Client() takes no keyword arguments");
-    if (!PyArg_ParseTuple(args, "KOO", &address, &owner, &chunk_type))
+    if (!PyArg_ParseTuple(args, "KOOOUi", &address, &owner, &chunk_type, &put_type, &pool,
+                          &checksum))
         return NULL;
-    PyObject *module = PyImport_ImportModule("cenote._native._lease");
-    if (module == NULL)
-        return NULL;
-    PyObject *base = PyObject_GetAttrString(module, "Lease");
-    PyObject *batch = PyObject_GetAttrString(module, "Batch");
-    Py_DECREF(module);
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    Client *self = NULL;
-    if (base == NULL || batch == NULL || PyObject_IsSubclass(chunk_type, base) != 1) {
-        if (!PyErr_Occurred())
-            PyErr_SetString(PyExc_TypeError, "chunk_type must be a subclass of Lease");
-    } else {
-        self = (Client *)alloc(type, 0);
-    }
-    Py_XDECREF(base);
-    if (self == NULL) {
-        Py_XDECREF(batch);
+    Client *self = (Client *)alloc(type, 0);
+    if (self == NULL)
         return NULL;
-    }
     self->client = (struct cn_client *)(uintptr_t)address;
     self->owner = Py_NewRef(owner);
-    self->chunk_type = (PyTypeObject *)Py_NewRef(chunk_type);
-    self->chunk_alloc = (allocfunc)PyType_GetSlot(self->chunk_type, Py_tp_alloc);
-    self->batch_type = (PyTypeObject *)batch;
-    return (PyObject *)self;
+    self->pool = Py_NewRef(pool);
+    self->checksum = checksum;
+    if (client_types(self, chunk_type, put_type) == 0)
+        return (PyObject *)self;
+    Py_DECREF((PyObject *)self);
+    return NULL;
 }
 
 static void client_dealloc(PyObject *object)
@@ -295,31 +327,59 @@ static void client_dealloc(PyObject *object)
     PyTypeObject *type = Py_TYPE(object);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     Py_XDECREF(self->owner);
+    Py_XDECREF(self->pool);
     Py_XDECREF((PyObject *)self->chunk_type);
+    Py_XDECREF((PyObject *)self->put_type);
     Py_XDECREF((PyObject *)self->batch_type);
+    Py_XDECREF((PyObject *)self->extent_type);
     release(object);
     Py_DECREF(type);
 }
 
-#define FAST(function) ((PyCFunction)(void (*)(void))(function))
+static PyObject *client_get_accepting(PyObject *object, void *ignored)
+{
+    (void)ignored;
+    return PyBool_FromLong(((Client *)object)->accepting);
+}
+
+static int client_set_accepting(PyObject *object, PyObject *value, void *ignored)
+{
+    (void)ignored;
+    int accepting = value == NULL ? 0 : PyObject_IsTrue(value);
+    if (accepting < 0)
+        return -1;
+    ((Client *)object)->accepting = accepting != 0;
+    return 0;
+}
 
 static PyMethodDef client_methods[] = {
-    {"get", FAST(client_get), METH_FASTCALL, "get(slot, key) -> chunk or None"},
-    {"get_many", FAST(client_get_many), METH_FASTCALL,
+    {"get", CN_FAST(client_get), METH_FASTCALL, "get(slot, key) -> chunk or None"},
+    {"get_many", CN_FAST(client_get_many), METH_FASTCALL,
      "get_many(slot, keys) -> list of chunks; ends at the first absent key"},
-    {"lease_many", FAST(client_lease_many), METH_FASTCALL,
+    {"lease_many", CN_FAST(client_lease_many), METH_FASTCALL,
      "lease_many(slot, keys) -> Batch; ends at the first absent key"},
-    {"match", FAST(client_match), METH_FASTCALL,
+    {"match", CN_FAST(client_match), METH_FASTCALL,
      "match(slot, keys) -> length of the longest present prefix; takes no lease"},
-    {"open", FAST(client_open), METH_FASTCALL, "open(ref, key_head) -> chunk or None"},
+    {"open", CN_FAST(client_open), METH_FASTCALL, "open(ref, key_head) -> chunk or None"},
+    {"put", CN_FAST(cn_client_put), METH_FASTCALL,
+     "put(slot, key, nbytes, parent, position, ttl_s, priority, meta, wait_ms) -> put; None when "
+     "this session takes no puts"},
     {NULL, NULL, 0, NULL},
 };
 
+static PyGetSetDef client_getset[] = {
+    {"accepting", client_get_accepting, client_set_accepting,
+     "May puts be made: a writer's session whose daemon is there.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
 static PyType_Slot client_slots[] = {
-    {Py_tp_doc, "Client(pointer, owner, chunk_type): the hit path of one attached session."},
+    {Py_tp_doc, "Client(pointer, owner, chunk_type, put_type, pool, checksum): one attached "
+                "session: hits and puts."},
     {Py_tp_new, client_new},
     {Py_tp_dealloc, client_dealloc},
     {Py_tp_methods, client_methods},
+    {Py_tp_getset, client_getset},
     {0, NULL},
 };
 

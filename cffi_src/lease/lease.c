@@ -5,9 +5,6 @@
 #include "cn_region.h"
 #include "lease.h"
 
-/* Giving the GIL up for less costs more than the copy. */
-#define KEEP_GIL_BELOW_BYTES 0x40000u
-
 static void lease_end(Lease *self)
 {
     struct cn_client *client = self->client;
@@ -156,7 +153,7 @@ static PyObject *lease_verify(PyObject *object, PyObject *ignored)
 static int copy_into(Lease *self, void *to)
 {
     int status;
-    if (self->view.bytes < KEEP_GIL_BELOW_BYTES)
+    if (self->view.bytes < CN_KEEP_GIL_BELOW_BYTES)
         return cn_guarded_copy_out(to, self->view.data, self->view.bytes);
     self->exports++; /* the bytes stay while the GIL is away */
     Py_BEGIN_ALLOW_THREADS status = cn_guarded_copy_out(to, self->view.data, self->view.bytes);

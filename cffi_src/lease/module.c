@@ -15,10 +15,12 @@ static int module_exec(PyObject *module)
 {
     if (add_type(module, &cn_lease_spec, "Lease") != 0 ||
         add_type(module, &cn_batch_spec, "Batch") != 0 ||
-        add_type(module, &cn_grant_spec, "Grant") != 0 ||
+        add_type(module, &cn_extent_spec, "Extent") != 0 ||
+        add_type(module, &cn_put_spec, "Put") != 0 ||
+        add_type(module, &cn_span_spec, "Span") != 0 ||
         add_type(module, &cn_client_spec, "Client") != 0)
         return -1;
-    return 0;
+    return PyModule_AddIntConstant(module, "KEEP_GIL_BELOW_BYTES", CN_KEEP_GIL_BELOW_BYTES);
 }
 
 static PyModuleDef_Slot module_slots[] = {

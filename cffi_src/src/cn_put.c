@@ -103,8 +103,9 @@ static int want_once(struct cn_client *c, uint64_t extent_bytes, struct cn_grant
     return status == CN_ETIME ? CN_ETIME : CN_EFULL;
 }
 
-int cn_reserve(struct cn_client *c, uint64_t data_bytes, uint32_t meta_bytes, uint32_t wait_ms,
-               struct cn_grant *ret_grant)
+/* What can be said without asking the keeper; *ret_extent_bytes is what to ask it for. */
+static int reserve_check(struct cn_client *c, uint64_t data_bytes, uint32_t meta_bytes,
+                         uint64_t *ret_extent_bytes)
 {
     int status = cn_usable(c);
     if (status != CN_OK)
@@ -113,9 +114,29 @@ int cn_reserve(struct cn_client *c, uint64_t data_bytes, uint32_t meta_bytes, ui
         return CN_EACCES;
     if (data_bytes == 0 || meta_bytes > CN_META_BYTES_MAX)
         return CN_EINVAL;
-    uint64_t extent_bytes = extent_for(data_bytes, meta_bytes);
-    if (data_bytes > CN_CHUNK_BYTES_MAX || extent_bytes > c->largest_bytes)
+    if (data_bytes > CN_CHUNK_BYTES_MAX)
         return CN_ETOOBIG;
+    *ret_extent_bytes = extent_for(data_bytes, meta_bytes);
+    return *ret_extent_bytes > c->largest_bytes ? CN_ETOOBIG : CN_OK;
+}
+
+int cn_reserve_now(struct cn_client *c, uint64_t data_bytes, uint32_t meta_bytes,
+                   struct cn_grant *ret_grant)
+{
+    uint64_t extent_bytes;
+    int status = reserve_check(c, data_bytes, meta_bytes, &extent_bytes);
+    if (status != CN_OK)
+        return status;
+    return take_from_stock(c, extent_bytes, ret_grant) ? CN_OK : CN_EFULL;
+}
+
+int cn_reserve(struct cn_client *c, uint64_t data_bytes, uint32_t meta_bytes, uint32_t wait_ms,
+               struct cn_grant *ret_grant)
+{
+    uint64_t extent_bytes;
+    int status = reserve_check(c, data_bytes, meta_bytes, &extent_bytes);
+    if (status != CN_OK)
+        return status;
     if (take_from_stock(c, extent_bytes, ret_grant))
         return CN_OK;
     uint64_t deadline_ns = cn_now_ns() + (uint64_t)wait_ms * 1000000u;

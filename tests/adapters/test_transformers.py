@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -441,27 +442,28 @@ def test_a_chunk_of_the_wrong_length_is_a_miss(bed: Any, pool: Pool) -> None:
     assert pool.leases == 0
 
 
-def test_verify_refuses_changed_bytes(bed: Any, host: MemoryHost, pool: Pool) -> None:
+def test_verify_refuses_changed_bytes(bed: Any) -> None:
     """
     With verify=True a chunk whose bytes differ from its checksum is computed again.
     """
     from cenote.client import keys
 
     ids = bed.tokens(3 * STEP)
-    cache = bed.adapter(pool, verify=True)
-    assert cache.cache is not None
-    key = keys.chain(ids, STEP, cache.cache.id)[:32]
-    with cache.cache.put(key, cache.chunk_bytes) as put:
-        put.copy_from(bytes(cache.chunk_bytes))
-        spoiler = put._reservation.grant()
-    cache.cache.flush()
-    assert cache.load_prefix(ids)[1] == STEP
+    with MemoryHost("64MiB", checksum="commit") as host, host.connect() as pool:
+        cache = bed.adapter(pool, verify=True)
+        assert cache.cache is not None
+        key = keys.chain(ids, STEP, cache.cache.id)[:32]
+        with cache.cache.put(key, cache.chunk_bytes) as put:
+            put.copy_from(bytes(cache.chunk_bytes))
+            spoiler = (ctypes.c_uint8 * cache.chunk_bytes).from_address(put.address)
+        cache.cache.flush()
+        assert cache.load_prefix(ids)[1] == STEP
 
-    spoiler.memory[100] ^= 1  # what a broken device, or a hostile writer, would do
+        spoiler[100] ^= 1  # what a broken device, or a hostile writer, would do
 
-    assert cache.load_prefix(ids)[1] == 0
-    assert cache.counters.not_cached["ChunkLost"] == 1
-    assert pool.leases == 0
+        assert cache.load_prefix(ids)[1] == 0
+        assert cache.counters.not_cached["ChunkLost"] == 1
+        assert pool.leases == 0
 
 
 def test_no_daemon_at_first(bed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

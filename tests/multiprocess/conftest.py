@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Real daemons for tests: the fixture `cenoted` is a factory.
+Real daemons for tests: the fixture `cenoted` is a factory. `host`, `pool` and `cache` need none.
 
     daemon = cenoted(size="64MiB", medium="memfd")
     daemon.socket, daemon.pid, daemon.pool, daemon.log()
@@ -13,6 +13,7 @@ What a test starts is stopped at its end, and must have left no name behind.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import signal
@@ -25,6 +26,8 @@ from typing import Any, Final
 
 import pytest
 
+from cenote.client import Cache, Manifest, Pool
+from cenote.client.testing import MemoryHost
 from cenote.shm.identity import own_pidfd
 from cenote.shm.session import Welcome, new_hello, parse_welcome
 from cenote.shm.wire import Channel, close_all
@@ -171,3 +174,25 @@ def cenoted(tmp_path: Path) -> Iterator[Callable[..., Cenoted]]:
     for daemon in reversed(started):
         daemon.close()
     assert [name for daemon in started for name in daemon.names()] == []
+
+
+@pytest.fixture
+def host() -> Iterator[MemoryHost]:
+    """A pool in memory; nothing of it may be left when the test is over."""
+    with MemoryHost("64MiB", chunk_count=1024, event_count=1024) as made:
+        yield made
+        gc.collect()
+        assert made.audit() == 0
+
+
+@pytest.fixture
+def pool(host: MemoryHost) -> Iterator[Pool]:
+    """An attachment to it."""
+    with host.connect() as made:
+        yield made
+
+
+@pytest.fixture
+def cache(pool: Pool) -> Cache:
+    """A namespace of it."""
+    return pool.namespace(Manifest("m", "l", "uint8", 16))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -33,25 +32,6 @@ MANIFEST = Manifest("m", "l", "uint8", 16)
 
 def key_of(i: int) -> bytes:
     return i.to_bytes(32, "big")
-
-
-@pytest.fixture
-def host() -> Iterator[MemoryHost]:
-    with MemoryHost("64MiB", chunk_count=1024, event_count=1024) as made:
-        yield made
-        gc.collect()
-        assert made.audit() == 0
-
-
-@pytest.fixture
-def pool(host: MemoryHost) -> Iterator[Pool]:
-    with host.connect() as made:
-        yield made
-
-
-@pytest.fixture
-def cache(pool: Pool) -> Cache:
-    return pool.namespace(MANIFEST)
 
 
 def stored(cache: Cache, key: bytes) -> bytes | None:
@@ -109,66 +89,6 @@ def test_dropped_put_aborts(cache: Cache) -> None:
         cache.put(key_of(i), 2**20, wait_ms=2000)  # 200 MiB through a pool of 64
 
     assert stored(cache, key_of(0)) is None
-
-
-def test_memory_ends_with_the_put(cache: Cache) -> None:
-    """After commit or abort the writable memory is gone, and so is a view that was kept."""
-    with cache.put(key_of(1), 100) as w:
-        view = w.memory
-        view[:] = bytes(100)
-    other = cache.put(key_of(2), 100)
-    other.abort()
-    other.abort()
-
-    for put in (w, other):
-        with pytest.raises(ValueError, match=put.state):
-            _ = put.memory
-        with pytest.raises(ValueError, match=put.state):
-            put.copy_from(b"x")
-        with pytest.raises(ValueError, match=put.state):
-            put.commit()
-    with pytest.raises(ValueError, match="released"):
-        view[0] = 1
-
-
-@pytest.mark.parametrize(
-    "view_of", [lambda w: np.frombuffer(w.memory, np.uint8), lambda w: w.memory[5:10]]
-)
-def test_living_view_stops_the_commit(cache: Cache, view_of: Any) -> None:
-    """A view that could still write makes commit raise; its memory is nobody else's meanwhile."""
-    put = cache.put(key_of(1), 4096)
-    view = view_of(put)
-    with pytest.raises(BufferError, match="Nothing was"):
-        put.commit()
-
-    assert stored(cache, key_of(1)) is None
-    for i in range(100, 300):
-        with cache.put(key_of(i), 4096) as w:
-            w.copy_from(bytes([i % 256]) * 4096)
-    view[0] = 77  # into an extent that must not be one of these
-    for i in range(100, 300):
-        assert stored(cache, key_of(i)) == bytes([i % 256]) * 4096
-    del view
-
-
-def test_copy_from_takes_what_has_memory(cache: Cache) -> None:
-    """Bytes, arrays of any type and shape; parts at offsets; nothing that does not fit."""
-    floats = np.arange(6, dtype=np.float32).reshape(2, 3)
-    with cache.put(key_of(1), 24) as w:
-        w.copy_from(floats)
-    with cache.put(key_of(2), 24) as w:
-        w.copy_from(floats[0], offset=12)
-        w.copy_from(bytearray(12))
-        for wrong in (bytes(25), floats.T, "text", 5):
-            with pytest.raises((ValueError, TypeError)):
-                w.copy_from(wrong)
-        with pytest.raises(ValueError, match="do not fit"):
-            w.copy_from(b"xx", offset=23)
-        with pytest.raises(ValueError, match="do not fit"):
-            w.copy_from(b"xx", offset=-1)
-
-    assert stored(cache, key_of(1)) == floats.tobytes()
-    assert stored(cache, key_of(2)) == bytes(12) + floats[0].tobytes()
 
 
 @pytest.mark.parametrize("mode", ["off", "lazy", "commit"])

@@ -1,0 +1,338 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Put: a chunk on its way into the pool, reserved, filled, committed or aborted. */
+#include "cn_region.h"
+#include "lease.h"
+
+static const char *state_of(const Put *self)
+{
+    if (self->extent != NULL)
+        return "open";
+    return self->committed ? "committed" : "aborted";
+}
+
+static int check_open(const Put *self, const char *but)
+{
+    if (self->extent != NULL)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "this put is %s: %s", state_of(self), but);
+    return -1;
+}
+
+/* The extent leaves the put. With views on it, it lives on until the last of them has died. */
+static void drop_extent(Put *self)
+{
+    Py_CLEAR(self->memory);
+    Py_CLEAR(self->extent);
+}
+
+static void put_dealloc(PyObject *object)
+{
+    Put *self = (Put *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    drop_extent(self);
+    Py_XDECREF(self->key);
+    Py_XDECREF(self->parent);
+    Py_XDECREF((PyObject *)self->client);
+    release(object);
+    Py_DECREF(type);
+}
+
+/* End the view that .memory lent; 0 when nobody looks at the extent any more. */
+static int end_views(Put *self)
+{
+    if (self->memory != NULL) {
+        PyObject *done = PyObject_CallMethod(self->memory, "release", NULL);
+        if (done == NULL)
+            PyErr_Clear(); /* a consumer of it lives: exports says so, too */
+        Py_XDECREF(done);
+    }
+    return self->extent->exports == 0 ? 0 : -1;
+}
+
+static PyObject *put_abort(PyObject *object, PyObject *ignored)
+{
+    Put *self = (Put *)object;
+    (void)ignored;
+    if (self->extent == NULL)
+        Py_RETURN_NONE;
+    if (end_views(self) == 0)
+        cn_extent_abort(self->extent);
+    drop_extent(self);
+    Py_RETURN_NONE;
+}
+
+static int copy_in(Extent *extent, Py_ssize_t offset, const Py_buffer *source, uint32_t *ret_crc)
+{
+    void *target = (uint8_t *)extent->grant.data + offset;
+    uint64_t bytes = (uint64_t)source->len;
+    return ret_crc == NULL ? cn_guarded_copy_in(target, source->buf, bytes)
+                           : cn_guarded_copy_in_crc32c(target, source->buf, bytes, ret_crc);
+}
+
+/* Long copies let other threads run; the extent stays, whatever they do to this put. */
+static int copy_in_unlocked(Extent *extent, Py_ssize_t offset, const Py_buffer *source,
+                            uint32_t *ret_crc)
+{
+    int status;
+    Py_INCREF((PyObject *)extent);
+    extent->exports++;
+    Py_BEGIN_ALLOW_THREADS status = copy_in(extent, offset, source, ret_crc);
+    Py_END_ALLOW_THREADS extent->exports--;
+    Py_DECREF((PyObject *)extent);
+    return status;
+}
+
+static PyObject *copy_buffer(Put *self, const Py_buffer *source, Py_ssize_t offset)
+{
+    Py_ssize_t room = (Py_ssize_t)self->record.data_bytes;
+    if (cn_client_forked(self->client->client))
+        return cn_raise_status(CN_EFORKED); /* the region is not mapped here (I13) */
+    if (offset < 0 || source->len > room || offset > room - source->len)
+        return PyErr_Format(PyExc_ValueError,
+                            "%zd bytes at offset %zd do not fit into the %zd bytes of this put: "
+                            "reserve as many as you have",
+                            source->len, offset, room);
+    bool whole = source->len == room && self->client->checksum != CHECKSUM_OFF;
+    uint32_t crc = 0;
+    self->record.flags &= ~(uint32_t)CN_RF_CRC;
+    int status = (source->len < (Py_ssize_t)CN_KEEP_GIL_BELOW_BYTES ? copy_in : copy_in_unlocked)(
+        self->extent, offset, source, whole ? &crc : NULL);
+    if (status != CN_OK)
+        return cn_raise_error(status, PyUnicode_FromFormat("copy %zd bytes into pool %R",
+                                                           source->len, self->client->pool));
+    if (whole && !self->lent) {
+        self->record.crc32c = crc;
+        self->record.flags |= CN_RF_CRC;
+    }
+    return PyLong_FromSsize_t(source->len);
+}
+
+/* The plain buffer of source, or of what _buffer_of() makes of it (tensors, bfloat16 arrays). */
+static int open_source(PyObject *self, PyObject *source, Py_buffer *ret_buffer)
+{
+    if (PyObject_GetBuffer(source, ret_buffer, PyBUF_SIMPLE) == 0)
+        return 0;
+    PyErr_Clear();
+    PyObject *plain = PyObject_CallMethod(self, "_buffer_of", "O", source);
+    int failed = plain == NULL ? -1 : PyObject_GetBuffer(plain, ret_buffer, PyBUF_SIMPLE);
+    Py_XDECREF(plain);
+    return failed;
+}
+
+static int copy_arguments(PyObject *const *args, Py_ssize_t nargs, PyObject *names,
+                          Py_ssize_t *ret_offset)
+{
+    Py_ssize_t named = names == NULL ? 0 : PyTuple_Size(names);
+    bool known =
+        named == 0 ||
+        (named == 1 && PyUnicode_CompareWithASCIIString(PyTuple_GetItem(names, 0), "offset") == 0);
+    if (nargs < 1 || nargs + named > 2 || !known) {
+        PyErr_SetString(PyExc_TypeError, "copy_from() takes a source and, perhaps, an offset");
+        return -1;
+    }
+    *ret_offset = nargs + named == 2 ? PyLong_AsSsize_t(args[1]) : 0;
+    return *ret_offset == -1 && PyErr_Occurred() ? -1 : 0;
+}
+
+static PyObject *put_copy_from(PyObject *object, PyObject *const *args, Py_ssize_t nargs,
+                               PyObject *names)
+{
+    Put *self = (Put *)object;
+    Py_ssize_t offset;
+    Py_buffer buffer;
+    if (copy_arguments(args, nargs, names, &offset) != 0 ||
+        check_open(self, "nothing can be copied into it any more") != 0 ||
+        open_source(object, args[0], &buffer) != 0)
+        return NULL;
+    PyObject *copied = NULL;
+    if (check_open(self, "it ended while the source was looked at") == 0)
+        copied = copy_buffer(self, &buffer, offset);
+    PyBuffer_Release(&buffer);
+    return copied;
+}
+
+/* ---- committing ----------------------------------------------------------- */
+
+/* The CRC of bytes that were written in place, where the pool wants it at commit. */
+static int checksum(Put *self)
+{
+    Extent *extent = self->extent;
+    int status;
+    if (self->client->checksum != CHECKSUM_AT_COMMIT || (self->record.flags & CN_RF_CRC) != 0)
+        return CN_OK;
+    Py_INCREF((PyObject *)extent);
+    extent->exports++;
+    Py_BEGIN_ALLOW_THREADS status =
+        cn_guarded_crc32c(0, extent->grant.data, self->record.data_bytes, &self->record.crc32c);
+    Py_END_ALLOW_THREADS extent->exports--;
+    Py_DECREF((PyObject *)extent);
+    if (status == CN_OK)
+        self->record.flags |= CN_RF_CRC;
+    return status;
+}
+
+static int submit(Put *self)
+{
+    struct cn_client *client = self->client->client;
+    self->record.key = (const uint8_t *)PyBytes_AsString(self->key);
+    if (self->parent != NULL)
+        self->record.parent_key = (const uint8_t *)PyBytes_AsString(self->parent);
+    int status = cn_commit(client, &self->record, 0);
+    if (status != CN_ERING || self->wait_ms == 0)
+        return status;
+    Py_BEGIN_ALLOW_THREADS status = cn_commit(client, &self->record, self->wait_ms);
+    Py_END_ALLOW_THREADS return status;
+}
+
+static PyObject *refuse_viewed(Put *self)
+{
+    drop_extent(self);
+    return PyErr_Format(PyExc_BufferError,
+                        "a view of this put's memory is still alive, so that its %llu bytes could "
+                        "change after the commit: delete arrays and slices first. Nothing was "
+                        "committed",
+                        (unsigned long long)self->record.data_bytes);
+}
+
+static PyObject *put_commit(PyObject *object, PyObject *ignored)
+{
+    Put *self = (Put *)object;
+    (void)ignored;
+    if (check_open(self, "it cannot be committed any more") != 0)
+        return NULL;
+    if (!self->client->accepting) {
+        Py_XDECREF(put_abort(object, NULL));
+        return cn_raise_named(
+            "PoolGone", PyUnicode_FromFormat("the daemon of pool %R is gone: nothing was committed",
+                                             self->client->pool));
+    }
+    int status = cn_client_forked(self->client->client) ? CN_EFORKED : checksum(self);
+    if (check_open(self, "another thread ended it meanwhile") != 0)
+        return NULL;
+    if (end_views(self) != 0)
+        return refuse_viewed(self);
+    Extent *extent = self->extent;
+    self->extent = NULL; /* from here on it is over for everybody */
+    Py_CLEAR(self->memory);
+    if (status == CN_OK)
+        status = submit(self);
+    extent->ended = status == CN_OK; /* if not, it is given back as it dies */
+    self->committed = status == CN_OK;
+    Py_DECREF((PyObject *)extent);
+    if (status == CN_OK)
+        Py_RETURN_NONE;
+    return cn_raise_error(status,
+                          PyUnicode_FromFormat("commit a chunk to pool %R", self->client->pool));
+}
+
+static PyObject *put_exit(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (nargs > 0 && args[0] != Py_None)
+        return put_abort(object, NULL);
+    if (((Put *)object)->extent != NULL)
+        return put_commit(object, NULL);
+    Py_RETURN_NONE;
+}
+
+/* ---- what it knows -------------------------------------------------------- */
+
+static PyObject *put_memory(PyObject *object, void *ignored)
+{
+    Put *self = (Put *)object;
+    (void)ignored;
+    if (check_open(self, "its memory is not yours any more") != 0)
+        return NULL;
+    if (cn_client_forked(self->client->client))
+        return cn_raise_status(CN_EFORKED);
+    self->lent = true;
+    self->record.flags &= ~(uint32_t)CN_RF_CRC;
+    if (self->memory == NULL)
+        self->memory = PyMemoryView_FromObject((PyObject *)self->extent);
+    return Py_XNewRef(self->memory);
+}
+
+static PyObject *put_address(PyObject *object, void *ignored)
+{
+    Put *self = (Put *)object;
+    (void)ignored;
+    if (check_open(self, "its memory is not yours any more") != 0)
+        return NULL;
+    self->lent = true;
+    self->record.flags &= ~(uint32_t)CN_RF_CRC;
+    return PyLong_FromVoidPtr(self->extent->grant.data);
+}
+
+static PyObject *put_state(PyObject *object, void *ignored)
+{
+    (void)ignored;
+    return PyUnicode_FromString(state_of((Put *)object));
+}
+
+static PyObject *put_key(PyObject *object, void *ignored)
+{
+    (void)ignored;
+    return Py_NewRef(((Put *)object)->key);
+}
+
+static PyObject *put_position(PyObject *object, void *ignored)
+{
+    (void)ignored;
+    return PyLong_FromUnsignedLong(((Put *)object)->record.position);
+}
+
+static PyObject *put_nbytes(PyObject *object, void *ignored)
+{
+    (void)ignored;
+    return PyLong_FromUnsignedLongLong(((Put *)object)->record.data_bytes);
+}
+
+static PyObject *put_reference(PyObject *object, void *ignored)
+{
+    (void)ignored;
+    return PyLong_FromUnsignedLongLong(((Put *)object)->record.ref);
+}
+
+static PyObject *put_owner(PyObject *object, void *ignored)
+{
+    (void)ignored;
+    return Py_NewRef(((Put *)object)->client->owner);
+}
+
+static PyMethodDef put_methods[] = {
+    {"copy_from", CN_FAST(put_copy_from), METH_FASTCALL | METH_KEYWORDS,
+     "copy_from(source, offset=0) -> bytes copied. Makes the CRC in the same pass."},
+    {"commit", put_commit, METH_NOARGS, "Hand the chunk to the keeper."},
+    {"abort", put_abort, METH_NOARGS, "Give the extent back; the key stays absent."},
+    {"__enter__", cn_lease_enter, METH_NOARGS, NULL},
+    {"__exit__", CN_FAST(put_exit), METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef put_getset[] = {
+    {"memory", put_memory, NULL, "Writable memoryview of the extent; ends with the put.", NULL},
+    {"address", put_address, NULL, "Where the extent begins in this process.", NULL},
+    {"state", put_state, NULL, "'open', 'committed' or 'aborted'.", NULL},
+    {"key", put_key, NULL, "The key that the chunk will have.", NULL},
+    {"position", put_position, NULL, "Place in its chain, 0xffffffff when unknown.", NULL},
+    {"nbytes", put_nbytes, NULL, "Length of the chunk in bytes.", NULL},
+    {"reference", put_reference, NULL, "Descriptor (low 32 bits) and generation.", NULL},
+    {"owner", put_owner, NULL, "What keeps the mapping alive.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot put_slots[] = {
+    {Py_tp_doc, "One chunk on its way into the pool."},
+    {Py_tp_dealloc, put_dealloc},
+    {Py_tp_methods, put_methods},
+    {Py_tp_getset, put_getset},
+    {0, NULL},
+};
+
+PyType_Spec cn_put_spec = {
+    "cenote._native._lease.Put",
+    sizeof(Put),
+    0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    put_slots,
+};
