@@ -28,7 +28,7 @@ export PYTHONSAFEPATH := 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo test test-c test-model test-crash test-wheel lint format bench bench-peers clean
+.PHONY: help setup dev demo test test-engine test-c test-model test-crash test-wheel lint format bench bench-peers clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -68,6 +68,9 @@ $(DEMO_STAMP): $(STAMP)
 
 test: setup  ## run the tests, without engines, guests, network and the slow ones
 	$(PYTEST) -m "not engine and not guest and not net and not slow" $(ARGS)
+
+test-engine: setup $(DEMO_STAMP)  ## run the tests that need torch and transformers; installs both
+	$(PYTEST) -m "torch or engine" $(ARGS)
 
 test-c: $(STAMP)  ## run the C tests: gcc, clang, ASan+UBSan, TSan, aarch64
 	@.ci/test-c
