@@ -97,6 +97,26 @@ static uint64_t audit_sessions(struct cn_keeper *k)
     return wrong + (granted != k->count.granted_bytes);
 }
 
+/* The keeper counts for each chunk the LIVE ones that name it as their parent. */
+static uint64_t audit_children(struct cn_keeper *k)
+{
+    uint64_t wrong = 0;
+    uint32_t *counted = calloc(k->catalog.chunk_count, sizeof(*counted));
+    if (counted == NULL)
+        return 0;
+    for (uint32_t d = 0; d < k->catalog.chunk_count; d++) {
+        uint32_t parent = cn_word_state(cn_chunk_word(k, d)) == CN_LIVE
+                              ? cn_live_of(k, k->catalog.cold[d].parent)
+                              : CN_NONE;
+        if (parent != CN_NONE)
+            counted[parent]++;
+    }
+    for (uint32_t d = 0; d < k->catalog.chunk_count; d++)
+        wrong += cn_word_state(cn_chunk_word(k, d)) == CN_LIVE && counted[d] != k->children[d];
+    free(counted);
+    return wrong;
+}
+
 int cn_do_audit(struct cn_keeper *k, void *args)
 {
     uint64_t *wrong = args;
@@ -105,7 +125,7 @@ int cn_do_audit(struct cn_keeper *k, void *args)
     cn_limbo_look(k);
     for (uint32_t d = 0; d < k->catalog.chunk_count; d++)
         *wrong += audit_descriptor(k, d, &sums);
-    *wrong += audit_index(k) + audit_queues(k) + audit_sessions(k);
+    *wrong += audit_index(k) + audit_queues(k) + audit_sessions(k) + audit_children(k);
     *wrong += sums.live_chunks != k->count.live_chunks;
     *wrong += sums.live_bytes != k->count.live_bytes;
     *wrong += sums.granted_bytes != k->count.granted_bytes;

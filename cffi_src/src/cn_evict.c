@@ -274,17 +274,23 @@ static bool collect_busy(struct cn_keeper *k, uint32_t region, struct busy_list 
 
 static void empty_window(struct cn_keeper *k, uint32_t region, uint64_t off, uint64_t bytes)
 {
+    struct cn_moved *moved = malloc(bytes / CN_PAGE_BYTES * sizeof(*moved));
+    uint32_t count = 0;
     for (uint32_t d = 0; d < k->fresh; d++) {
         const struct cn_chunk *chunk = &k->catalog.chunks[d];
         if (cn_word_state(cn_chunk_word(k, d)) != CN_LIVE ||
             cn_place_region(chunk->place) != region || chunk->data_off < off ||
             chunk->data_off >= off + bytes)
             continue;
-        if (!cn_move(k, d)) {
-            cn_unlink_one(k, d, CN_EVENT_EVICTED, CN_BY_RECLAIM);
-            k->count.evictions++;
+        if (moved != NULL && cn_move(k, d, &moved[count])) {
+            count++;
+            continue;
         }
+        cn_unlink_one(k, d, CN_EVENT_EVICTED, CN_BY_RECLAIM);
+        k->count.evictions++;
     }
+    cn_moved_adopt(k, moved, count); /* before the old descriptors are free for others */
+    free(moved);
     cn_unlink_flush(k);
 }
 

@@ -228,7 +228,13 @@ bool cn_set_pin(struct cn_keeper *k, uint32_t d, uint64_t until_ns);
 void cn_clear_pin(struct cn_keeper *k, uint32_t d);
 void cn_set_crc(struct cn_keeper *k, uint64_t ref, uint32_t crc32c);
 /* Copy an unleased, unpinned chunk to another extent; false when there is none. */
-bool cn_move(struct cn_keeper *k, uint32_t d);
+struct cn_moved {
+    uint64_t from, to; /* references of one chunk before and after */
+};
+bool cn_move(struct cn_keeper *k, uint32_t d, struct cn_moved *ret_moved);
+/* Children of moved chunks name them where they are now: a chain stays one, and leaves from its
+ * tail. moved: in ascending order of from. */
+void cn_moved_adopt(struct cn_keeper *k, const struct cn_moved *moved, uint32_t count);
 /* One use: a second writer brought the same key. */
 void cn_policy_touch(struct cn_keeper *k, uint32_t d);
 void cn_policy_drop(struct cn_keeper *k, uint32_t d, bool evicted);

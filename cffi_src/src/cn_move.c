@@ -39,12 +39,10 @@ static void move_cold(struct cn_keeper *k, uint32_t d, uint32_t d2)
     uint32_t pages = k->catalog.cold[d2].extent_pages;
     k->catalog.cold[d2] = k->catalog.cold[d];
     k->catalog.cold[d2].extent_pages = pages;
-    /* Children name d as parent; they keep their place in the queues, only healing stops at
-     * them. */
-    k->children[d2] = 0;
+    k->children[d2] = 0; /* they name d until cn_moved_adopt() */
 }
 
-bool cn_move(struct cn_keeper *k, uint32_t d)
+bool cn_move(struct cn_keeper *k, uint32_t d, struct cn_moved *ret_moved)
 {
     struct cn_chunk *chunk = &k->catalog.chunks[d];
     uint64_t word = cn_chunk_word(k, d);
@@ -75,5 +73,37 @@ bool cn_move(struct cn_keeper *k, uint32_t d)
         cn_unlink_flush(k);
     k->unlink.d[k->unlink.count++] = d;
     k->count.moves++;
+    *ret_moved = (struct cn_moved){cn_ref(d, cn_word_gen(word)), cn_ref(d2, gen2)};
     return true;
+}
+
+/* Where the chunk that ref names went, or 0. moved is in ascending order of descriptors. */
+static uint64_t moved_to(const struct cn_moved *moved, uint32_t count, uint64_t ref)
+{
+    uint32_t low = 0;
+    uint32_t high = count;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (cn_ref_d(moved[middle].from) < cn_ref_d(ref))
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < count && moved[low].from == ref ? moved[low].to : 0;
+}
+
+void cn_moved_adopt(struct cn_keeper *k, const struct cn_moved *moved, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++)
+        k->children[cn_ref_d(moved[i].from)] = k->children[cn_ref_d(moved[i].to)] = 0;
+    for (uint32_t d = 0; count > 0 && d < k->fresh; d++) {
+        struct cn_cold *cold = &k->catalog.cold[d];
+        if (cold->parent == 0 || cn_word_state(cn_chunk_word(k, d)) != CN_LIVE)
+            continue;
+        uint64_t to = moved_to(moved, count, cold->parent);
+        if (to == 0)
+            continue;
+        cn_store_relaxed(&cold->parent, to);
+        k->children[cn_ref_d(to)]++;
+    }
 }

@@ -143,6 +143,43 @@ static void sizes_change_and_slabs_follow(void)
     bed_close(&bed);
 }
 
+/* Every second chunk is deleted, so that there is room for what a slab has when it is wanted. */
+static void a_chain_stays_one_when_its_chunks_move(void)
+{
+    enum { CHAIN = 8, CHUNKS = 1600 };
+    struct bed bed = bed_open(32 * MIB, 8192, 512, "use-count");
+    struct bed_session s = bed_attach(&bed, CN_ROLE_WRITER);
+    for (uint64_t n = 0; n < CHUNKS; n++) {
+        struct bed_key parent = bed_key(n - 1);
+        CHECK_EQ(bed_put(&bed, s.client, n, 16384, n % CHAIN == 0 ? NULL : &parent), CN_OK);
+    }
+    bed_settle(&bed);
+    for (uint64_t n = 0; n < CHUNKS; n++) {
+        struct bed_key key = bed_key(n);
+        struct cn_record gone = {.op = CN_OP_DELETE, .ns_slot = (uint16_t)bed.ns};
+        memcpy(gone.key, key.bytes, sizeof(key.bytes));
+        if (n % CHAIN >= CHAIN / 2)
+            CHECK_EQ(cn_submit(s.client, &gone, 0), CN_OK);
+        bed_settle(&bed);
+    }
+    CHECK(cn_reclaim(bed.keeper, 8 * MIB));
+    CHECK(bed.keeper->count.moves > 0);
+    bed_audit(&bed);
+    for (uint64_t n = 0; n < CHUNKS; n++) {
+        struct bed_key key = bed_key(n);
+        struct bed_key before = bed_key(n - 1);
+        uint32_t d;
+        uint32_t parent;
+        if (n % CHAIN == 0 || cn_find(bed.catalog, bed.ns, key.bytes, &d) != CN_OK)
+            continue;
+        CHECK_EQ(cn_find(bed.catalog, bed.ns, before.bytes, &parent), CN_OK);
+        CHECK_EQ(cn_live_of(bed.keeper, bed.keeper->catalog.cold[d].parent), parent);
+    }
+    bed_kill(&bed, &s);
+    bed_audit(&bed);
+    bed_close(&bed);
+}
+
 static void a_batch_ends_at_the_first_absent_key(void)
 {
     struct bed bed = bed_open(16 * MIB, 4096, 512, "use-count");
@@ -295,6 +332,7 @@ int main(void)
     RUN(a_deleted_chunk_stays_while_somebody_reads_it);
     RUN(a_dead_session_gives_everything_back);
     RUN(sizes_change_and_slabs_follow);
+    RUN(a_chain_stays_one_when_its_chunks_move);
     RUN(a_batch_ends_at_the_first_absent_key);
     RUN(a_full_lease_table_is_a_miss);
     RUN(nonsense_in_a_session_harms_only_its_owner);
