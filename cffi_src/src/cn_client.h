@@ -11,6 +11,8 @@
 /* Grants that may wait to be given back: more than that are not granted while the ring is full. */
 #define CN_OWED_MAX (CN_STOCK_ROWS * CN_STOCK_SLOTS)
 
+#define CN_SLOT_NONE UINT32_MAX
+
 struct cn_mapping {
     uint8_t *base;
     uint64_t bytes;
@@ -80,6 +82,9 @@ uint64_t cn_now_ns(void);
 uint32_t cn_left_ms(uint64_t deadline_ns);
 /* Private free list of slots, filled so that low slots come first. */
 void cn_slots_init(struct cn_client *c);
+/* Take up to count slots with one compare-and-swap; returns how many. */
+uint32_t cn_slots_take(struct cn_client *c, uint32_t count, uint32_t *ret_slots);
+void cn_slots_put(struct cn_client *c, const uint32_t *slots, uint32_t count);
 /* Write one record; waits at most wait_ms for room. Rings the doorbell only if the keeper
  * sleeps. */
 int cn_submit(struct cn_client *c, const struct cn_record *record, uint32_t wait_ms);

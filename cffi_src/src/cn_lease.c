@@ -22,49 +22,6 @@
 #define COLD static __attribute__((noinline))
 #define LIKELY(condition) __builtin_expect(!!(condition), 1)
 
-/*
- * Slots are process-private, no mutex: destructors run anywhere, in any thread, in other calls.
- * The first few slots are claimed by compare-and-swap on the lease word itself: allocation, publish
- * and fence in one locked instruction, for the single leases of the hit path. The others are on a
- * tagged free list, from which a batch takes all it needs with one compare-and-swap.
- */
-void cn_slots_init(struct cn_client *c)
-{
-    c->hot_slots = c->lease_slots >= 2 * HOT_SLOTS ? HOT_SLOTS : HOT_SLOTS_MIN;
-    for (uint32_t slot = c->hot_slots; slot < c->lease_slots; slot++)
-        c->slot_next[slot] = slot + 1 < c->lease_slots ? slot + 1 : SLOT_NONE;
-    c->free_head = c->hot_slots;
-    cn_store_release(&c->head->lease_high, c->hot_slots);
-}
-
-/* Take up to count slots with one compare-and-swap; returns how many. */
-static uint32_t slots_take(struct cn_client *c, uint32_t count, uint32_t *ret_slots)
-{
-    uint64_t head = cn_load_acquire(&c->free_head);
-    for (;;) {
-        uint32_t slot = (uint32_t)head;
-        uint32_t taken = 0;
-        while (taken < count && slot < c->lease_slots) {
-            ret_slots[taken++] = slot;
-            slot = cn_load32_relaxed(&c->slot_next[slot]);
-        }
-        if (taken == 0 || cn_cas(&c->free_head, &head, ((head >> 32) + 1) << 32 | slot))
-            return taken;
-    }
-}
-
-static void slots_put(struct cn_client *c, const uint32_t *slots, uint32_t count)
-{
-    if (count == 0)
-        return;
-    for (uint32_t i = 0; i + 1 < count; i++)
-        cn_store32_relaxed(&c->slot_next[slots[i]], slots[i + 1]);
-    uint64_t head = cn_load_relaxed(&c->free_head);
-    do
-        cn_store32_relaxed(&c->slot_next[slots[count - 1]], (uint32_t)head);
-    while (!cn_cas(&c->free_head, &head, ((head >> 32) + 1) << 32 | slots[0]));
-}
-
 /* ---- one lease ------------------------------------------------------------ */
 
 static void publish(struct cn_client *c, uint32_t slot, uint64_t ref)
@@ -197,7 +154,7 @@ HOT bool claim_hot(struct cn_client *c, uint32_t slot, uint64_t ref)
     return true;
 }
 
-/* SLOT_NONE when the slots looked at are busy. */
+/* CN_SLOT_NONE when the slots looked at are busy. */
 static uint32_t publish_hot(struct cn_client *c, uint64_t ref, uint32_t probes)
 {
     uint32_t hint = cn_load32_relaxed(&c->hot_hint);
@@ -206,16 +163,16 @@ static uint32_t publish_hot(struct cn_client *c, uint64_t ref, uint32_t probes)
         if (claim_hot(c, slot, ref))
             return slot;
     }
-    return SLOT_NONE;
+    return CN_SLOT_NONE;
 }
 
 static uint32_t publish_one(struct cn_client *c, uint64_t ref)
 {
     uint32_t slot = publish_hot(c, ref, HOT_PROBES);
-    if (__builtin_expect(slot != SLOT_NONE, 1))
+    if (__builtin_expect(slot != CN_SLOT_NONE, 1))
         return slot;
-    if (slots_take(c, 1, &slot) == 0)
-        return publish_hot(c, ref, HOT_SLOTS);
+    if (cn_slots_take(c, 1, &slot) == 0)
+        return publish_hot(c, ref, c->hot_slots);
     publish(c, slot, ref);
     cn_fence_reader(); /* pairs with cn_fence_keeper() in cn_unlink_flush() */
     return slot;
@@ -228,7 +185,7 @@ static void give_back(struct cn_client *c, uint32_t slot)
     if (slot < c->hot_slots)
         cn_store32_relaxed(&c->hot_hint, slot);
     else
-        slots_put(c, &slot, 1);
+        cn_slots_put(c, &slot, 1);
 }
 
 COLD int let_go(struct cn_client *c, uint32_t slot, int status)
@@ -244,7 +201,7 @@ COLD int take(struct cn_client *c, uint64_t ref, struct cn_view *ret_view)
     if (!bytes_allowed(c, bytes))
         return refuse(c);
     uint32_t slot = publish_one(c, ref);
-    if (slot == SLOT_NONE)
+    if (slot == CN_SLOT_NONE)
         return refuse(c);
     uint64_t word;
     int status = CN_EMISS;
@@ -351,7 +308,7 @@ void cn_release_many(struct cn_client *c, const struct cn_view *views, uint32_t 
                 slots[n++] = slot;
         }
         count_unleased(c, bytes);
-        slots_put(c, slots, n);
+        cn_slots_put(c, slots, n);
     }
 }
 
@@ -450,10 +407,10 @@ static uint32_t batch_take(struct cn_client *c, const struct batch *b, uint32_t 
                            struct cn_view *ret_views)
 {
     uint32_t slots[BATCH];
-    uint32_t got = slots_take(c, n, slots);
+    uint32_t got = cn_slots_take(c, n, slots);
     for (uint32_t i = 0; i < got; i++)
         publish(c, slots[i], b->ref[i]);
-    while (got < n && (slots[got] = publish_hot(c, b->ref[got], c->hot_slots)) != SLOT_NONE)
+    while (got < n && (slots[got] = publish_hot(c, b->ref[got], c->hot_slots)) != CN_SLOT_NONE)
         got++;         /* the list is empty: what is left are the slots of single leases */
     cn_fence_reader(); /* pairs with cn_fence_keeper() in cn_unlink_flush() */
     uint32_t good = 0;
