@@ -177,6 +177,6 @@ void cn_expire(struct cn_keeper *k, uint32_t d)
     const struct cn_cold *cold = &k->catalog.cold[d];
     if (cold->expires_ns == 0 || cold->expires_ns > k->realtime_ns || cold->pinned_ns != 0)
         return;
-    cn_unlink_one(k, d, CN_EVENT_DELETED, CN_BY_TTL);
+    cn_unlink_one(k, d, CN_EVENT_EVICTED, CN_BY_TTL);
     k->count.expirations++;
 }

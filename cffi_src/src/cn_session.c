@@ -64,7 +64,7 @@ static void do_report(struct cn_keeper *k, const struct cn_session *s, const str
         cn_set_crc(k, r->grant, r->crc32c);
         return;
     }
-    cn_unlink_one(k, d, CN_EVENT_DELETED, CN_BY_LOSS);
+    cn_unlink_one(k, d, CN_EVENT_EVICTED, CN_BY_LOSS);
     k->count.lost++;
 }
 
