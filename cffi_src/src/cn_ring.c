@@ -226,6 +226,20 @@ static int submit_keys(struct cn_client *c, struct cn_record *record, const uint
     return CN_OK;
 }
 
+/* pthread has no portable lock with a monotonic deadline: a clock that is set moves this one. */
+static bool lock_within(pthread_mutex_t *lock, uint32_t wait_ms)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += wait_ms / 1000;
+    until.tv_nsec += (long)(wait_ms % 1000) * 1000000;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_sec++;
+        until.tv_nsec -= 1000000000;
+    }
+    return pthread_mutex_timedlock(lock, &until) == 0;
+}
+
 int cn_keys_op(struct cn_client *c, uint32_t op, uint32_t ns_slot, const uint8_t *keys,
                uint32_t key_count, uint64_t arg, uint32_t wait_ms, uint32_t *ret_done)
 {
@@ -240,8 +254,10 @@ int cn_keys_op(struct cn_client *c, uint32_t op, uint32_t ns_slot, const uint8_t
     struct cn_record last = {.op = CN_OP_NOP, .ns_slot = (uint16_t)ns_slot};
     uint64_t done = 0;
     uint64_t deadline_ns = cn_now_ns() + (uint64_t)wait_ms * 1000000u;
-    pthread_mutex_lock(&c->op_lock);
-    status = cn_submit(c, &last, wait_ms); /* a call that timed out left its count behind */
+    if (!lock_within(&c->op_lock, wait_ms))
+        return CN_ETIME;
+    /* a call that timed out left its count behind */
+    status = cn_submit(c, &last, cn_left_ms(deadline_ns));
     last.cookie = c->next_cookie++;
     if (status == CN_OK)
         status = submit_keys(c, &record, keys, key_count, deadline_ns);

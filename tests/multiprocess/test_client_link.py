@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from cenote._native import _core
 from cenote.client import (
     Backoff,
     Cache,
@@ -169,6 +170,22 @@ def test_events_say_that_a_new_pool_began(cenoted: Start) -> None:
         assert (event.kind, getattr(event, "key", b""), event.sequence) == ("stored", key_of(2), 1)
 
 
+def deadline_beside_a_patient_call(cache: Cache) -> threading.Thread:
+    """A call that waits for ever does not make another wait with it; returns the one that waits."""
+    handle: Any = cache._binding.attachment.handle
+    head: Any = _core.ffi.cast(
+        "struct cn_session_head *", _core.lib.cn_client_session(handle.client)
+    )
+    before = head.sub_tail
+    patient = threading.Thread(target=cache.delete, args=(key_of(1), PATIENCE_S))
+    patient.start()
+    wait_until(lambda: bool(head.sub_tail >= before + 3))  # it waits for its answer now
+    with pytest.raises(Timeout):
+        cache.delete(key_of(1), timeout_s=0.05)
+    assert patient.is_alive()
+    return patient
+
+
 def test_stopped_daemon_costs_the_deadline(cenoted: Start) -> None:
     """While the daemon is stopped no call takes longer than it was told, and reads go on."""
     daemon = cenoted()
@@ -185,12 +202,14 @@ def test_stopped_daemon_costs_the_deadline(cenoted: Start) -> None:
                     cache.flush(timeout_s=0.05)
             with pytest.raises(Timeout):
                 cache.delete(key_of(1), timeout_s=0.05)
+            patient = deadline_beside_a_patient_call(cache)
             with pytest.raises(Timeout):
                 pool.stats(timeout_s=0.05)
             with pytest.raises(Timeout):
                 connect(daemon.socket, timeout_s=0.05)
         finally:
             os.kill(daemon.pid, signal.SIGCONT)
+        patient.join(PATIENCE_S)
         wait_until(lambda: pool.reconnects == 1)
 
 
