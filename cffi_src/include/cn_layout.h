@@ -388,6 +388,9 @@ struct cn_completion {
 };
 /* cffi:end */
 
+/* How often an access log is read that nothing else makes the keeper read, at most. */
+#define CN_ACCESS_READ_NS 10000000u
+
 #define CN_SIZE(type, bytes) _Static_assert(sizeof(struct type) == (bytes), "ABI: " #type)
 #define CN_AT(type, field, off)                                                                    \
     _Static_assert(offsetof(struct type, field) == (off), "ABI: " #type "." #field)

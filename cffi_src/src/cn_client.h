@@ -50,6 +50,7 @@ struct cn_client {
     bool limited;          /* lease_limit_bytes is less than there is */
     uint64_t leased_bytes; /* racy sum; exact recount when it seems too much */
     uint64_t access_tail;
+    uint64_t log_rung_ns; /* when the doorbell was last rung for the access log alone */
 
     pthread_mutex_t sub_lock __attribute__((aligned(CN_CACHELINE))); /* private, never shared */
     pthread_mutex_t op_lock; /* one caller at a time reads completions */

@@ -68,6 +68,13 @@ static uint32_t drain_all(struct cn_keeper *k)
     return done;
 }
 
+/* No work in the sense of a round: it is not worth staying awake for. */
+static void look_at_access(struct cn_keeper *k)
+{
+    for (uint32_t i = 0; i < k->session_count; i++)
+        cn_session_look_at_access(k, k->sessions[k->session_list[i]]);
+}
+
 static void on_timer(struct cn_keeper *k, uint32_t d)
 {
     uint64_t pinned_ns = k->catalog.cold[d].pinned_ns;
@@ -161,6 +168,7 @@ int cn_keeper_step(struct cn_keeper *k)
     uint64_t events_before = cn_load_relaxed(&k->catalog.super->event_head);
     uint32_t done = cn_run_commands(k);
     done += drain_all(k);
+    look_at_access(k);
     done += run_timers(k);
     done += look_at_limbo(k);
     done += cn_shrink(k);

@@ -60,6 +60,7 @@ struct cn_session {
     uint64_t comp_tail;
     uint64_t want_failed;
     uint64_t access_head;
+    uint64_t access_read_ns; /* CLOCK_MONOTONIC */
     uint64_t nonce;
     uint64_t granted_bytes;
     /* keys that PIN, UNPIN, DELETE took effect on since the last NOP */
@@ -266,6 +267,8 @@ bool cn_make_room(struct cn_keeper *k, uint64_t extent_bytes);
 
 uint32_t cn_session_drain(struct cn_keeper *k, struct cn_session *s, uint32_t records_max);
 void cn_session_read_access(struct cn_keeper *k, struct cn_session *s);
+/* The same where half of the log is unread: whoever only reads is heard before an eviction, too. */
+void cn_session_look_at_access(struct cn_keeper *k, struct cn_session *s);
 void cn_session_publish(struct cn_keeper *k, struct cn_session *s, bool wake);
 void cn_session_end(struct cn_keeper *k, struct cn_session *s);
 bool cn_session_has_work(const struct cn_session *s);

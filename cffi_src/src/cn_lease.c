@@ -120,10 +120,18 @@ HOT bool log_entry(struct cn_client *c, uint64_t ref)
     return LIKELY(tail % (CN_ACCESS_SLOTS / 2) != 0);
 }
 
-/* Once in 4,096 hits, so that a pure reader's recency is not lost. */
+/*
+ * Once in 4,096 hits, so that a pure reader's recency is not lost, and at most once in
+ * CN_ACCESS_READ_NS, so that a fast one does not keep the keeper busy: of that one it reads a
+ * sample.
+ */
 COLD int log_doorbell(struct cn_client *c)
 {
-    cn_ring_doorbell(c);
+    uint64_t now_ns = cn_now_ns();
+    if (now_ns - cn_load_relaxed(&c->log_rung_ns) >= CN_ACCESS_READ_NS) {
+        cn_store_relaxed(&c->log_rung_ns, now_ns);
+        cn_ring_doorbell(c);
+    }
     return CN_OK;
 }
 

@@ -185,6 +185,15 @@ void cn_session_read_access(struct cn_keeper *k, struct cn_session *s)
     touch_chain(k, count);
 }
 
+void cn_session_look_at_access(struct cn_keeper *k, struct cn_session *s)
+{
+    uint64_t pending = cn_load_relaxed(&s->head->access_tail) - s->access_head;
+    if (pending < CN_ACCESS_SLOTS / 2 || k->monotonic_ns - s->access_read_ns < CN_ACCESS_READ_NS)
+        return;
+    s->access_read_ns = k->monotonic_ns;
+    cn_session_read_access(k, s);
+}
+
 /* Every hit is an entry of the access log, and so is the beginning of every batch. */
 static uint64_t hits_of(const struct cn_session *s)
 {

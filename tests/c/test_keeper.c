@@ -209,6 +209,41 @@ static void a_batch_ends_at_the_first_absent_key(void)
     bed_close(&bed);
 }
 
+static uint64_t frozen_ns(void) { return 1000000000u; }
+
+/* Half of a log is read though no record comes and nothing is evicted; not again at once. */
+static void a_pure_reader_is_heard(void)
+{
+    struct bed bed = bed_open(16 * MIB, 4096, 512, "use-count");
+    struct bed_session s = bed_attach(&bed, CN_ROLE_WRITER);
+    struct bed_key key = bed_key(1);
+    struct cn_view view;
+    CHECK_EQ(bed_put(&bed, s.client, 1, 4096, NULL), CN_OK);
+    bed_settle(&bed);
+    struct cn_session *session = bed.keeper->sessions[s.session];
+    for (uint64_t half = 0; half < 2; half++) {
+        session->access_read_ns = 0;
+        for (uint32_t i = 0; i < CN_ACCESS_SLOTS / 2; i++) {
+            CHECK_EQ(cn_lease(s.client, bed.ns, key.bytes, &view), CN_OK);
+            cn_release(s.client, view.slot);
+        }
+        bed_settle(&bed);
+        CHECK_EQ(session->access_head, s.client->access_tail);
+    }
+    for (uint32_t i = 0; i < 3 * CN_ACCESS_SLOTS; i++) {
+        CHECK_EQ(cn_lease(s.client, bed.ns, key.bytes, &view), CN_OK);
+        cn_release(s.client, view.slot);
+    }
+    bed.keeper->ops.monotonic_ns = frozen_ns;
+    session->access_read_ns = frozen_ns(); /* it was read a moment ago */
+    uint64_t before = session->access_head;
+    bed_settle(&bed);
+    CHECK_EQ(session->access_head, before);
+    bed_audit(&bed);
+    bed_kill(&bed, &s);
+    bed_close(&bed);
+}
+
 static void a_full_lease_table_is_a_miss(void)
 {
     struct bed bed = bed_open(16 * MIB, 4096, 64, "use-count");
@@ -334,6 +369,7 @@ int main(void)
     RUN(sizes_change_and_slabs_follow);
     RUN(a_chain_stays_one_when_its_chunks_move);
     RUN(a_batch_ends_at_the_first_absent_key);
+    RUN(a_pure_reader_is_heard);
     RUN(a_full_lease_table_is_a_miss);
     RUN(nonsense_in_a_session_harms_only_its_owner);
     RUN(a_replayed_record_changes_nothing);
