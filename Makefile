@@ -14,6 +14,7 @@ PY    := $(VENV)/bin/python
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.cenote-setup
 DEMO_STAMP := $(VENV)/.cenote-demo
+BENCH_STAMP := $(VENV)/.cenote-bench
 NATIVE := $(wildcard cffi_src/include/*.h cffi_src/src/*.[ch] cffi_src/lease/*.[ch] cffi_src/ffi/build_core.py)
 C_FILES := $(wildcard cffi_src/*/*.[ch] tests/c/*.[ch] tests/c/*/*.[ch] tests/model/*.[ch] tests/fuzz/*.[ch] bench/c/*.[ch])
 C_SOURCES := $(wildcard cffi_src/src/*.c)
@@ -111,7 +112,11 @@ format: setup  ## let ruff and clang-format write the files, and what is generat
 	ruff check --fix-only --quiet . ; ruff format .
 	clang-format -i $(C_FILES)
 
-bench: setup  ## measure what docs/performance.md states
+$(BENCH_STAMP): $(STAMP)
+	CN_NATIVE=no $(PY) -m pip install -q --no-build-isolation -e ".[bench]"
+	@touch $@
+
+bench: setup $(BENCH_STAMP)  ## measure what docs/performance.md states; installs LMDB beside it
 	$(PY) bench/run.py $(ARGS)
 
 bench-peers: setup  ## the same beside LMDB, Redis, Mooncake and others; installs them, never in CI
