@@ -30,6 +30,7 @@ log = logging.getLogger("cenote.client")
 
 RECONNECT_FIRST_S: Final = 0.05
 RECONNECT_LAST_S: Final = 5.0
+DESCRIPTORS_LOOK_MS: Final = 60_000  # are they still ours, after an os.closerange() of the engine?
 _NOBODY: Final = (FileNotFoundError, ConnectionError, BlockingIOError)
 
 
@@ -188,6 +189,36 @@ def error_of(refusal: wire.Refusal) -> errors.CenoteError:
     return kinds.get(refusal.code, errors.CenoteError)(refusal.message)
 
 
+class _Bell:
+    """Wakes the thread of a link. Sockets, for they can be told from what took their numbers."""
+
+    def __init__(self) -> None:
+        self._heard, self._rope = (wire.OwnSocket(end) for end in socket.socketpair())
+        for end in (self._heard, self._rope):
+            end.sock.setblocking(False)
+
+    def fileno(self) -> int:
+        """What becomes readable; -1 when this process closed it."""
+        return self._heard.sock.fileno() if self._heard.intact else -1
+
+    def ring(self) -> None:
+        """Make it readable."""
+        if self._rope.intact:
+            with contextlib.suppress(OSError):  # full is loud enough
+                self._rope.sock.send(b"!", socket.MSG_NOSIGNAL)
+
+    def silence(self) -> None:
+        """Make it unreadable."""
+        if self._heard.intact:
+            with contextlib.suppress(OSError):
+                self._heard.sock.recv(4096)
+
+    def close(self) -> None:
+        """Give both ends back. Idempotent."""
+        self._heard.close()
+        self._rope.close()
+
+
 class Link:
     """
     The connection of one pool, through all its daemons.
@@ -208,7 +239,7 @@ class Link:
         self._backoff = backoff
         self._lock = threading.Lock()  # one request at a time
         self._stop = threading.Event()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._bell = _Bell()
         self._thread = threading.Thread(target=self._watch, name="cenote-link", daemon=True)
         _links.add(self)
         self._thread.start()
@@ -274,7 +305,7 @@ class Link:
         if self._channel is channel:
             self._channel = None
             self._tell_lost()
-            os.eventfd_write(self._wake, 1)
+            self._bell.ring()
 
     def _tell_lost(self) -> None:
         pool = self._pool()
@@ -289,7 +320,7 @@ class Link:
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
-        os.eventfd_write(self._wake, 1)
+        self._bell.ring()
 
     # ---- the thread ------------------------------------------------------------------------------
 
@@ -311,14 +342,15 @@ class Link:
         if self._stop.is_set():
             return  # close() came while we reconnected, and that may have taken its wake-up
         channel = self._channel
-        poll = select.poll()
-        poll.register(self._wake, select.POLLIN)
-        # A descriptor that another thread closed and the kernel gave out again is woken by _wake.
-        descriptor = -1 if channel is None else channel.fileno()
-        if descriptor < 0:
+        if channel is None:
             return
-        poll.register(descriptor, select.POLLRDHUP)
-        poll.poll()
+        # A number that another thread closed and the kernel gave out again is woken by the bell.
+        while (bell := self._bell.fileno()) >= 0 and (wire_end := channel.fileno()) >= 0:
+            poll = select.poll()
+            poll.register(bell, select.POLLIN)
+            poll.register(wire_end, select.POLLRDHUP)
+            if poll.poll(DESCRIPTORS_LOOK_MS):
+                break
         # Not under a request that waits: a daemon that ends answers first, and then hangs up.
         with self._lock:
             if self._channel is not None and not self._stop.is_set():
@@ -346,8 +378,7 @@ class Link:
         if pool is None or self._stop.is_set():
             channel.close()
             return False
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake)
+        self._bell.silence()
         try:
             pool._adopt(welcome, mapping, channel)
         except BaseException:
@@ -371,7 +402,7 @@ class Link:
             channel.close()
 
     def __del__(self) -> None:
-        os.close(self._wake)  # not before: close() may come at any time, and write to it
+        self._bell.close()  # not before: close() may come at any time, and ring it
 
 
 _links: Final[weakref.WeakSet[Link]] = weakref.WeakSet()

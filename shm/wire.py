@@ -325,6 +325,32 @@ def checked_reply(message: Message) -> Message:
     raise Refusal(str(code), str(text), fields)  # the code of a newer daemon is passed on as it is
 
 
+class OwnSocket:
+    """
+    A socket that knows itself again: after os.closerange() its number may be a file of somebody
+    else's, which we neither write to nor close.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._found = os.fstat(sock.fileno())
+
+    @property
+    def intact(self) -> bool:
+        """Is it open, and still the same?"""
+        try:
+            return os.path.samestat(os.fstat(self.sock.fileno()), self._found)
+        except (OSError, ValueError):
+            return False
+
+    def close(self) -> None:
+        """Close it, or forget its number when that is not ours any more. Idempotent."""
+        if self.intact:
+            self.sock.close()
+        else:
+            self.sock.detach()
+
+
 class Channel:
     """
     The client's end of a connection: one request at a time, each with a deadline. Owns *sock*.
@@ -333,14 +359,15 @@ class Channel:
     """
 
     def __init__(self, sock: socket.socket) -> None:
+        self._own = OwnSocket(sock)
         self._sock = sock
         self._decoder = Decoder(descriptors_max=DESCRIPTORS_MAX)
         self._next_id = 1
         self.notices: deque[dict[str, Any]] = deque(maxlen=16)  # events that the server sent
 
     def fileno(self) -> int:
-        """The socket's descriptor, for poll(2); -1 once closed."""
-        return self._sock.fileno()
+        """The socket's descriptor, for poll(2); -1 once closed, by us or under us."""
+        return self._sock.fileno() if self._own.intact else -1
 
     def request(
         self,
@@ -363,6 +390,8 @@ class Channel:
         self._next_id = request_id % ID_MAX + 1
         deadline_s = time.monotonic() + timeout_s
         try:
+            if not self._own.intact:
+                raise Closed("this process closed the descriptor of its connection")
             self._sock.settimeout(timeout_s)
             send_message(self._sock, {**(fields or {}), "op": op, "id": request_id}, descriptors)
             reply = self._await_reply(request_id, deadline_s)
@@ -397,4 +426,4 @@ class Channel:
     def close(self) -> None:
         """Close the socket and what was received but not taken. Idempotent."""
         self._decoder.close()
-        self._sock.close()
+        self._own.close()

@@ -104,8 +104,10 @@ static int open_private(struct cn_client *c, int doorbell_fd, int *ret_errno)
     if (c->slot_next == NULL || c->slot_bytes == NULL)
         return CN_ENOMEM;
     cn_slots_init(c);
-    c->doorbell_fd = fcntl(doorbell_fd, F_DUPFD_CLOEXEC, 0);
-    return c->doorbell_fd < 0 ? sys_error(ret_errno) : CN_OK;
+    int fd = fcntl(doorbell_fd, F_DUPFD_CLOEXEC, 0);
+    if (fd < 0 || cn_doorbell_take(c, fd) != CN_OK)
+        return sys_error(ret_errno);
+    return CN_OK;
 }
 
 static int attach(struct cn_client *c, const struct cn_attach *a, int *ret_errno)
@@ -158,7 +160,7 @@ void cn_client_detach(struct cn_client *c)
     unmap(&c->catalog_map);
     if (c->mark != NULL)
         munmap(c->mark, CN_PAGE_BYTES);
-    if (c->doorbell_fd >= 0)
+    if (cn_doorbell_is_ours(c))
         close(c->doorbell_fd);
     free(c->slot_next);
     free(c->slot_bytes);

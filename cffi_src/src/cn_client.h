@@ -37,7 +37,8 @@ struct cn_client {
     struct cn_stock_row *stock;
     struct cn_record *sub;
     struct cn_completion *comp;
-    int doorbell_fd;
+    int doorbell_fd; /* -1: lost, see cn_ring_doorbell() */
+    uint64_t doorbell_dev, doorbell_ino;
     uint32_t session_idx;
     uint32_t hot_slots; /* slots below it are claimed on the lease word itself */
     uint32_t hot_hint;  /* where a free one was last seen */
@@ -90,6 +91,11 @@ void cn_slots_put(struct cn_client *c, const uint32_t *slots, uint32_t count);
  * sleeps. */
 int cn_submit(struct cn_client *c, const struct cn_record *record, uint32_t wait_ms);
 void cn_ring_doorbell(struct cn_client *c);
+/* From now on fd is the doorbell, and c owns it. CN_ESYS with errno: it is no descriptor. */
+int cn_doorbell_take(struct cn_client *c, int fd);
+/* Is the descriptor still what it was? An engine that closed all it knew of may have given the
+ * number to a file of its own. Forgets it when it is not. */
+bool cn_doorbell_is_ours(struct cn_client *c);
 /* Let every thread that sleeps in this session look again. */
 void cn_wake_waiters(struct cn_client *c);
 

@@ -10,11 +10,8 @@
  */
 #include "cn_client.h"
 
-#define SLOT_NONE UINT32_MAX
-#define HOT_SLOTS 64u
-#define HOT_SLOTS_MIN 4u /* a power of two, as HOT_SLOTS */
-#define HOT_PROBES 4u    /* claims tried before the free list is asked */
-#define BATCH 256u       /* keys looked up together, for the prefetches to overlap */
+#define HOT_PROBES 4u /* claims tried before the free list is asked */
+#define BATCH 256u    /* keys looked up together, for the prefetches to overlap */
 
 /* The hit path calls nothing that returns to it and saves no registers; what is rare is jumped
  * to. */

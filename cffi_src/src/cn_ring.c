@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -31,10 +32,34 @@ uint32_t cn_left_ms(uint64_t deadline_ns)
     return left_ms > UINT32_MAX ? UINT32_MAX : (uint32_t)left_ms;
 }
 
+int cn_doorbell_take(struct cn_client *c, int fd)
+{
+    struct stat found;
+    c->doorbell_fd = fd;
+    if (fstat(fd, &found) != 0)
+        return CN_ESYS;
+    c->doorbell_dev = found.st_dev;
+    c->doorbell_ino = found.st_ino;
+    return CN_OK;
+}
+
+bool cn_doorbell_is_ours(struct cn_client *c)
+{
+    struct stat found;
+    if (c->doorbell_fd < 0)
+        return false;
+    /* Eventfds share one inode: what is told apart is a file, a socket or a pipe. */
+    if (fstat(c->doorbell_fd, &found) == 0 && found.st_dev == c->doorbell_dev &&
+        found.st_ino == c->doorbell_ino)
+        return true;
+    c->doorbell_fd = -1; /* the keeper looks by itself: its socket was closed, too */
+    return false;
+}
+
 void cn_ring_doorbell(struct cn_client *c)
 {
     cn_fence(); /* pairs with the keeper's fence between sleeping = 1 and its last look */
-    if (cn_load_relaxed(&c->catalog.super->sleeping) == 0)
+    if (cn_load_relaxed(&c->catalog.super->sleeping) == 0 || !cn_doorbell_is_ours(c))
         return;
     uint64_t one = 1;
     ssize_t ignored = write(c->doorbell_fd, &one, sizeof(one));

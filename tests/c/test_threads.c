@@ -41,7 +41,7 @@ static struct cn_client *join_client(struct bed *bed, uint8_t *segment, int door
     c->slot_next = calloc(c->lease_slots, sizeof(*c->slot_next));
     c->slot_bytes = calloc(c->lease_slots, sizeof(*c->slot_bytes));
     CHECK(c->slot_next != NULL && c->slot_bytes != NULL);
-    c->doorbell_fd = doorbell_fd;
+    CHECK_EQ(cn_doorbell_take(c, doorbell_fd), CN_OK);
     c->next_cookie = 1;
     pthread_mutex_init(&c->sub_lock, NULL);
     pthread_mutex_init(&c->op_lock, NULL);

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import sys
+from pathlib import Path
 from typing import Any, Final
 
 from cenote._native import _core
-from cenote.client import Cache, Chunk, Manifest, PoolFull, connect
+from cenote.client import Cache, CenoteError, Chunk, Manifest, PoolFull, connect
 
 MANIFEST: Final = Manifest("bad luck", "l", "uint8", 16)
 NBYTES: Final = 64 * 1024
@@ -56,11 +58,23 @@ def holder(path: str, role: str, count: int) -> None:
         print(same([chunk.memory for chunk in held]), flush=True)
 
 
-def closer_of_everything(path: str, count: int) -> None:
-    """Close every descriptor but stdin, stdout and stderr, and go on reading (I6)."""
-    cache = open_cache(path, "reader")
+def closer_of_everything(path: str, count: int, folder: str) -> None:
+    """
+    Close every descriptor but stdin, stdout and stderr, and go on reading (I6). The numbers are
+    taken by files of its own then.
+    """
+    cache = open_cache(path, "writer")
     held = hold(cache, count)
     os.closerange(3, 4096)
+    files = [os.open(Path(folder, str(i)), os.O_RDWR | os.O_CREAT) for i in range(64)]
+    key = held[0].key
+    for _ in range(3 * lib.CN_ACCESS_SLOTS):  # until the doorbell is rung
+        cache.get(key)
+    with contextlib.suppress(CenoteError):
+        cache.put(key, NBYTES, wait_ms=0).commit()
+    with contextlib.suppress(CenoteError):
+        cache.pool.stats()
+    print(sum(os.fstat(file).st_size for file in files), flush=True)
     for _ in sys.stdin:
         again = [cache.get(chunk.key) for chunk in held]
         print(same([chunk.memory for chunk in held]), sum(c is not None for c in again), flush=True)

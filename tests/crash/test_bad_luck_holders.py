@@ -135,14 +135,16 @@ def test_a_stopped_writer_commits_when_it_goes_on(
 
 
 def test_closing_all_descriptors_keeps_everything(
-    daemon: Any, books: Any, spawn: Callable[..., Any]
+    daemon: Any, books: Any, spawn: Callable[..., Any], tmp_path: Path
 ) -> None:
     """
-    os.closerange in a reader: its leases stay, the bytes stay, while the pool is filled twice over.
+    os.closerange: the leases stay, the bytes stay, while the pool is filled twice over. Not a byte
+    is written to the files that got the numbers.
     """
     prepare(daemon)
-    child = spawn("closer_of_everything", daemon.socket, HELD)
+    child = spawn("closer_of_everything", daemon.socket, HELD, tmp_path)
     assert child.line() == str(HELD)
+    assert child.line() == "0"
     filled_around(daemon, child, books)
     child.tell()
     assert child.line() == "True 0"  # the bytes are right; the keys were deleted meanwhile

@@ -52,7 +52,7 @@ static struct cn_client *make_client(uint8_t *segment, uint32_t i)
         (struct cn_mapping){pool.region, pool.keeper->catalog.super->regions[0].bytes};
     c->slot_next = calloc(c->lease_slots, sizeof(*c->slot_next));
     c->slot_bytes = calloc(c->lease_slots, sizeof(*c->slot_bytes));
-    c->doorbell_fd = POOL_DOORBELL_FD + (int)i;
+    cn_doorbell_take(c, POOL_DOORBELL_FD + (int)i);
     c->next_cookie = 1;
     pthread_mutex_init(&c->sub_lock, NULL);
     pthread_mutex_init(&c->op_lock, NULL);

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <stdarg.h>
 #include <sys/epoll.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -16,6 +17,8 @@ int __real_clock_gettime(clockid_t clock, struct timespec *ret_time);
 long __wrap_syscall(long number, ...);
 ssize_t __wrap_write(int fd, const void *data, size_t bytes);
 ssize_t __real_write(int fd, const void *data, size_t bytes);
+int __wrap_fstat(int fd, struct stat *ret_found);
+int __real_fstat(int fd, struct stat *ret_found);
 int __wrap_epoll_wait(int fd, struct epoll_event *events, int events_max, int timeout_ms);
 int __wrap_pthread_create(pthread_t *ret_thread, const pthread_attr_t *attr, void *(*run)(void *),
                           void *arg);
@@ -85,6 +88,15 @@ ssize_t __wrap_write(int fd, const void *data, size_t bytes)
         tasks[i].woken_by = tasks[i].next.kind == OP_POLL ? search_step() : tasks[i].woken_by;
     world->bells = 1;
     return (ssize_t)bytes;
+}
+
+/* A doorbell of the model is no descriptor, and stays what it is. */
+int __wrap_fstat(int fd, struct stat *ret_found)
+{
+    if (fd < POOL_DOORBELL_FD)
+        return __real_fstat(fd, ret_found);
+    *ret_found = (struct stat){.st_ino = (ino_t)fd};
+    return 0;
 }
 
 /* Edge-triggered: any number of rings since the last look is one event. */

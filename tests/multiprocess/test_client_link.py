@@ -286,7 +286,7 @@ def bare_link() -> connections.Link:
     link = connections.Link.__new__(connections.Link)
     link._stop = threading.Event()
     link._lock = threading.Lock()
-    link._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    link._bell = connections._Bell()
     link._channel = None
     return link
 
@@ -327,7 +327,7 @@ def test_close_during_a_reconnect_ends_the_thread() -> None:
     """close() after a reconnect's look at the stop, before it clears the wake-up, is not lost."""
     link = bare_link()
     link.close()
-    os.eventfd_read(link._wake)  # _reattach() saw no stop, and clears the wake-up now
+    link._bell.silence()  # _reattach() saw no stop, and clears the wake-up now
     left, right = socket.socketpair()
     with left, right:
         link.install(wire.Channel(left))
