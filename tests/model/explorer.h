@@ -15,7 +15,7 @@
  *   syscalls.c    futex, doorbell, clock
  *   search.c      which schedules: depth first, dynamic partial-order reduction, sleep sets
  *   litmus.c      textbook programs whose results are known: is the explorer itself right?
- *   pool.c        a pool without mappings; scenarios.c what is tried on it; main.c the command
+ *   pool.c        a pool without mappings; scenarios*.c what is tried on it; main.c the command
  *
  * A load sees its own task's buffered stores first; a fence, a locked operation or a system call
  * waits until the task's buffer is empty. Plain accesses between two atomic ones belong to the step

@@ -8,6 +8,8 @@ struct pool pool; /* written by setup alone */
 
 static const uint8_t manifest[] = {0x80};
 
+int __wrap_cn_guarded_move(void *dst, const void *src, uint64_t bytes);
+
 static void open_keeper(uint32_t extents)
 {
     struct cn_format f = {.pool_name = "model",
@@ -142,34 +144,49 @@ bool pool_stock_ready(uint32_t client)
     return false;
 }
 
-void pool_want(uint32_t client)
+void pool_want_large(uint32_t client, uint32_t extents)
 {
-    struct cn_record record = {.op = CN_OP_WANT, .arg = POOL_EXTENT, .data_bytes = 1};
+    struct cn_record record = {
+        .op = CN_OP_WANT, .arg = (uint64_t)extents * POOL_EXTENT, .data_bytes = 1};
     cn_submit(pool.client[client], &record, 0);
 }
+
+void pool_want(uint32_t client) { pool_want_large(client, 1); }
 
 static uint64_t word_of(uint32_t n, uint32_t i) { return 0xb000u + n * 16 + i; }
 
 static uint64_t *word_at(void *data, uint32_t i)
 {
-    return (uint64_t *)((uint8_t *)data + (i == 0 ? 0 : POOL_EXTENT - 8));
+    uint8_t *extent = (uint8_t *)data + (size_t)(i / POOL_WORDS) * POOL_EXTENT;
+    return (uint64_t *)(extent + (i % POOL_WORDS == 0 ? 0 : POOL_EXTENT - 8));
 }
 
-void pool_write(uint32_t client, uint32_t n)
+/* The words that are looked at alone, each copied by steps of its own. */
+int __wrap_cn_guarded_move(void *dst, const void *src, uint64_t bytes)
+{
+    for (uint32_t i = 0; i < bytes / POOL_EXTENT * POOL_WORDS; i++)
+        cn_store_relaxed(word_at(dst, i), cn_load_relaxed(word_at((void *)(uintptr_t)src, i)));
+    return CN_OK;
+}
+
+void pool_write_large(uint32_t client, uint32_t n, uint32_t extents)
 {
     struct cn_client *c = pool.client[client];
+    uint64_t bytes = (uint64_t)extents * POOL_EXTENT;
     struct cn_grant grant;
-    if (cn_reserve(c, POOL_EXTENT, 0, 0, &grant) != CN_OK)
+    if (cn_reserve(c, bytes, 0, 0, &grant) != CN_OK)
         return;
-    for (uint32_t i = 0; i < POOL_WORDS; i++)
+    for (uint32_t i = 0; i < extents * POOL_WORDS; i++)
         cn_store_relaxed(word_at(grant.data, i), word_of(n, i));
     struct cn_put put = {.ref = grant.ref,
                          .key = pool_key(n),
-                         .data_bytes = POOL_EXTENT,
+                         .data_bytes = bytes,
                          .ns_slot = pool.ns,
                          .position = CN_POSITION_UNKNOWN};
     cn_commit(c, &put, 0);
 }
+
+void pool_write(uint32_t client, uint32_t n) { pool_write_large(client, n, 1); }
 
 void pool_submit_key(uint32_t client, uint32_t op, uint32_t n)
 {
@@ -189,7 +206,7 @@ void pool_put(uint32_t client, uint32_t n)
 
 void pool_check(const struct cn_view *view, uint32_t n)
 {
-    for (uint32_t i = 0; i < POOL_WORDS; i++) {
+    for (uint32_t i = 0; i < view->bytes / POOL_EXTENT * POOL_WORDS; i++) {
         uint64_t got = cn_load_relaxed(word_at(view->data, i));
         MODEL_CHECK(got == word_of(n, i), "a lease of key %u shows 0x%llx, not 0x%llx", n,
                     (unsigned long long)got, (unsigned long long)word_of(n, i));

@@ -10,7 +10,7 @@
 #define POOL_DOORBELL_FD 100000 /* a client's doorbell; no such descriptor exists */
 #define POOL_CLIENTS 3u
 #define POOL_EXTENT (2u << 20) /* one granule: a pool of n extents has no room for n + 1 */
-#define POOL_WORDS 2u          /* of a chunk, written and checked: its first and its last */
+#define POOL_WORDS 2u          /* of an extent, written and checked: its first and its last */
 
 extern struct pool {
     struct cn_keeper *keeper;
@@ -28,8 +28,10 @@ const uint8_t *pool_key(uint32_t n);
 bool pool_stock_ready(uint32_t client);
 /* Ask the keeper for one; the record lies in the ring until somebody steps it. */
 void pool_want(uint32_t client);
+void pool_want_large(uint32_t client, uint32_t extents);
 /* Reserve from the stock, fill, commit key n. The record lies in the ring. */
 void pool_write(uint32_t client, uint32_t n);
+void pool_write_large(uint32_t client, uint32_t n, uint32_t extents);
 void pool_submit_key(uint32_t client, uint32_t op, uint32_t n);
 /* All of it, by whoever runs alone: want, step, write, step. */
 void pool_put(uint32_t client, uint32_t n);

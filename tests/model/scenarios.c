@@ -5,10 +5,7 @@
  * Keys are numbered; 0 is there (or is committed) at first, 1 is what takes its place. A pool of
  * one extent makes a second chunk reuse the extent and the descriptor of the first.
  */
-#include "pool.h"
-
-enum { A, B, C, D };           /* keys */
-enum { FIRST, SECOND, THIRD }; /* clients */
+#include "scenarios.h"
 
 /* Take the only extent away from A and commit B in it; what is leased now stays, and that is
  * right. */
@@ -33,11 +30,11 @@ static void one_extent_with_a(void)
     pool_put(SECOND, A);
 }
 
-static void acquire(void) { pool_read(FIRST, A); }
+void acquire(void) { pool_read(FIRST, A); }
 
 static void evict_and_refill(void) { replace(SECOND); }
 
-static void nothing_is_left(void)
+void nothing_is_left(void)
 {
     for (uint32_t n = A; n <= D; n++)
         pool_read(SECOND, n);
@@ -58,14 +55,19 @@ static const struct scenario acquire_evict = {
 /* By reference, as a chunk's token is opened: the descriptor's generation is all there is. */
 static struct cn_view view_of_a;
 
-static void one_extent_and_a_token(void)
+void take_token(void)
 {
-    one_extent_with_a();
     cn_lease(pool.client[FIRST], pool.ns, pool_key(A), &view_of_a);
     cn_release(pool.client[FIRST], view_of_a.slot);
 }
 
-static void open_token(void)
+static void one_extent_and_a_token(void)
+{
+    one_extent_with_a();
+    take_token();
+}
+
+void open_token(void)
 {
     struct cn_view view;
     uint64_t key_head = cn_key_of(pool_key(A)).word[0];
@@ -456,7 +458,8 @@ static const struct scenario ring_two = {
 };
 
 const struct scenario *const model_scenarios[] = {
-    &acquire_evict,  &token_evict, &batch_evict,     &commit_match, &commit_link,   &release_evict,
-    &stock_revoke,   &death_evict, &ring_empty,      &ring_full,    &threads_evict, &threads_batch,
-    &commit_match_3, &ring_two,    &ring_full_crash, NULL,
+    &acquire_evict,   &token_evict, &batch_evict, &commit_match, &commit_link,    &release_evict,
+    &stock_revoke,    &death_evict, &ring_empty,  &ring_full,    &threads_evict,  &threads_batch,
+    &lease_move,      &token_move,  &lease_clear, &token_clear,  &commit_match_3, &ring_two,
+    &ring_full_crash, &both_move,   NULL,
 };

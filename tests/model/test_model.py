@@ -19,7 +19,10 @@ HERE: Final = Path(__file__).resolve().parent
 PLANTS: Final = (
     "no-reader-fence",
     "no-keeper-fence",
+    "no-clear-fence",
     "no-generation",
+    "no-move-dying",
+    "early-move-dying",
     "no-doorbell-fence",
     "no-sleep-fence",
     "no-waiter-fence",
