@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Runs a fuzz target without a fuzzer: the files named on the command line, then as many inputs
- * from a fixed seed as the last argument says (`-N`), mutated from those files.
+ * from a fixed seed as the last argument says (`-N`), mutated from those files. A target may say
+ * how far it came, and fail when that is not far enough.
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -9,6 +10,7 @@
 #include <string.h>
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+__attribute__((weak)) void fuzz_reached(void);
 
 enum { INPUT_BYTES_MAX = 8192, FILES_MAX = 64 };
 
@@ -62,5 +64,7 @@ int main(int argc, char **argv)
         else
             replay_file(argv[i]);
     }
+    if (fuzz_reached != NULL)
+        fuzz_reached();
     return 0;
 }
