@@ -272,25 +272,57 @@ static bool collect_busy(struct cn_keeper *k, uint32_t region, struct busy_list 
     return true;
 }
 
+struct leaver { /* of a window: could not be moved */
+    uint64_t sequence;
+    uint32_t d;
+};
+
+static int newest_first(const void *a, const void *b)
+{
+    uint64_t x = ((const struct leaver *)a)->sequence;
+    uint64_t y = ((const struct leaver *)b)->sequence;
+    return x > y ? -1 : x < y;
+}
+
+static void evict_from_window(struct cn_keeper *k, uint32_t d)
+{
+    cn_unlink_one(k, d, CN_EVENT_EVICTED, CN_BY_RECLAIM);
+    k->count.evictions++;
+}
+
+/* A child names a parent that was committed before it: the newest first is each chain from its
+ * tail. */
+static void evict_leavers(struct cn_keeper *k, struct leaver *leavers, uint32_t count)
+{
+    if (count > 0)
+        qsort(leavers, count, sizeof(*leavers), newest_first);
+    for (uint32_t i = 0; i < count; i++)
+        evict_from_window(k, leavers[i].d);
+}
+
 static void empty_window(struct cn_keeper *k, uint32_t region, uint64_t off, uint64_t bytes)
 {
     struct cn_moved *moved = malloc(bytes / CN_PAGE_BYTES * sizeof(*moved));
-    uint32_t count = 0;
+    struct leaver *leavers = malloc(bytes / CN_PAGE_BYTES * sizeof(*leavers));
+    uint32_t moved_count = 0;
+    uint32_t leaver_count = 0;
     for (uint32_t d = 0; d < k->fresh; d++) {
         const struct cn_chunk *chunk = &k->catalog.chunks[d];
         if (cn_word_state(cn_chunk_word(k, d)) != CN_LIVE ||
             cn_place_region(chunk->place) != region || chunk->data_off < off ||
             chunk->data_off >= off + bytes)
             continue;
-        if (moved != NULL && cn_move(k, d, &moved[count])) {
-            count++;
-            continue;
-        }
-        cn_unlink_one(k, d, CN_EVENT_EVICTED, CN_BY_RECLAIM);
-        k->count.evictions++;
+        if (moved != NULL && cn_move(k, d, &moved[moved_count]))
+            moved_count++;
+        else if (leavers != NULL)
+            leavers[leaver_count++] = (struct leaver){k->catalog.cold[d].sequence, d};
+        else
+            evict_from_window(k, d); /* no memory to put them in order */
     }
-    cn_moved_adopt(k, moved, count); /* before the old descriptors are free for others */
+    cn_moved_adopt(k, moved, moved_count); /* the counts of children are right again */
+    evict_leavers(k, leavers, leaver_count);
     free(moved);
+    free(leavers);
     cn_unlink_flush(k);
 }
 
