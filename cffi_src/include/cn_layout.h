@@ -91,7 +91,8 @@ struct cn_chunk {
 
 /*
  * What the hit path does not need. Written before word becomes LIVE; pins, deadlines and use counts
- * change while it is LIVE, each by one store.
+ * change while it is LIVE, each by one store, and so does parent when the parent was moved: a
+ * reference that is not LIVE names a parent that counts as absent.
  */
 struct cn_cold {
     uint64_t parent;       /* descriptor:32 (low) | generation:32, 0 = none */
