@@ -87,11 +87,11 @@ def as_dlpack(chunk: Chunk) -> Any:
 
 
 def as_tensor(chunk: Chunk) -> Any:
-    pytest.importorskip("torch", reason="torch is not installed here")
     return chunk.tensor("uint8", (2, -1))[1:].transpose(0, 1)
 
 
-VIEWS = [as_memoryview, as_slice, as_cast, as_array, as_array_slice, as_dlpack, as_tensor]
+VIEWS: list[Any] = [as_memoryview, as_slice, as_cast, as_array, as_array_slice, as_dlpack]
+VIEWS += [pytest.param(as_tensor, marks=pytest.mark.torch)]
 
 
 @pytest.mark.parametrize("view_of", VIEWS)
@@ -476,7 +476,8 @@ def test_copy_to(cache: Cache) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float16", "float32", "uint8"])
 def test_tensors(cache: Cache, dtype: str) -> None:
     """Tensors of every KV type lie over the chunk itself; a copy is private and writable."""
-    torch = pytest.importorskip("torch", reason="torch is not installed here")
+    import torch
+
     chunk = chunk_of(cache)
     kind = getattr(torch, dtype)
 
