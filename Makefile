@@ -98,7 +98,8 @@ lint: setup lint-c  ## ruff, mypy, import-linter, clang-format, clang-tidy, the 
 lint-c: $(STAMP)
 	clang-format --dry-run -Werror $(C_FILES)
 	@for cc in gcc clang aarch64-linux-gnu-gcc; do \
-	    command -v $$cc >/dev/null || { echo "lint: $$cc is not installed, not compiled with it"; continue; }; \
+	    command -v $$cc >/dev/null || { echo "lint: $$cc is not installed, not compiled with it"; \
+	        [ -z "$$CENOTE_CI" ] || exit 1; continue; }; \
 	    echo "$$cc $(C_STRICT)"; \
 	    for c in $(C_SOURCES); do $$cc $(C_FLAGS) $(C_STRICT) -c -o /dev/null $$c || exit 1; done; \
 	done

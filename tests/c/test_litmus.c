@@ -8,18 +8,29 @@
  * keeper: store DYING, fence, load lease. A violation is a round in which the reader found the
  * chunk LIVE and the keeper found no lease. Each round has words of its own, cold in the other's
  * cache, so that stores wait in the buffer.
+ *
+ * CENOTE_CI: a deleted fence that is not shown fails, on x86-64 and two CPUs, with neither
+ * sanitizer nor emulator; those may never show it.
  */
 #include <pthread.h>
 #include <sched.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "check.h"
 #include "cn_atomic.h"
 #include "cn_layout.h"
 
 enum { ROUNDS = 4096, FENCED_BATCHES = 1000, BATCHES_MAX = 20000 };
-#define RUN_NS_MAX 3000000000ull /* a side; reached under emulators and sanitizers only */
+#define RUN_NS_MAX 3000000000ull   /* a side; reached under emulators and sanitizers only */
+#define SHOW_NS_MAX 40000000000ull /* where it must be shown */
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED 1
+#elif defined(__has_feature)
+#define SANITIZED (__has_feature(address_sanitizer) || __has_feature(thread_sanitizer))
+#else
+#define SANITIZED 0
+#endif
 
 struct round { /* a lease word and its chunk, on lines of their own */
     uint64_t lease __attribute__((aligned(CN_CACHELINE)));
@@ -65,9 +76,38 @@ static void reader_claims(void)
     }
 }
 
+static cpu_set_t cpus; /* what this process may use */
+
+/*
+ * A CPU for each thread: beside a busy process the scheduler puts both on one, where neither ever
+ * runs while the other does. An emulator may refuse, and is no worse for it.
+ */
+static void take_cpu(unsigned which)
+{
+    for (unsigned cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        if (!CPU_ISSET(cpu, &cpus) || which-- > 0)
+            continue;
+        cpu_set_t mine;
+        CPU_ZERO(&mine);
+        CPU_SET(cpu, &mine);
+        (void)sched_setaffinity(0, sizeof(mine), &mine);
+        return;
+    }
+}
+
+static bool must_show(void)
+{
+#if defined(__x86_64__)
+    return !SANITIZED && getenv("CENOTE_CI") != NULL && getenv("CN_TEST_EMULATED") == NULL;
+#else
+    return false;
+#endif
+}
+
 static void *reader_main(void *arg)
 {
     void (*side)(void) = *(void (**)(void))arg;
+    take_cpu(1);
     for (uint64_t batch = 1;; batch++) {
         while (cn_load_acquire(&gate.batch) < batch)
             if (cn_load_acquire(&gate.stop) != 0)
@@ -108,9 +148,10 @@ static uint64_t run(void (*reader)(void), void (*keeper)(void), uint64_t batches
     uint64_t violations = 0;
     uint64_t start = now_ns();
     uint64_t batch = 0;
+    uint64_t ns_max = until_found && must_show() ? SHOW_NS_MAX : RUN_NS_MAX;
     gate = (struct gate){0};
     CHECK_EQ(pthread_create(&thread, NULL, reader_main, &reader), 0);
-    while (batch < batches && !(until_found && violations > 0) && now_ns() - start < RUN_NS_MAX) {
+    while (batch < batches && !(until_found && violations > 0) && now_ns() - start < ns_max) {
         reset();
         cn_store_release(&gate.batch, ++batch);
         keeper();
@@ -137,7 +178,7 @@ static uint64_t fenced(void (*reader)(void), const char *name)
 static bool deleted(void (*reader)(void), void (*keeper)(void), const char *name)
 {
     uint64_t count;
-    uint64_t violations = run(reader, keeper, BATCHES_MAX, true, &count);
+    uint64_t violations = run(reader, keeper, must_show() ? UINT64_MAX : BATCHES_MAX, true, &count);
     printf("    %s: %llu violations in %llu rounds\n", name, (unsigned long long)violations,
            (unsigned long long)count);
     return violations > 0;
@@ -145,12 +186,14 @@ static bool deleted(void (*reader)(void), void (*keeper)(void), const char *name
 
 int main(void)
 {
-    if (sysconf(_SC_NPROCESSORS_ONLN) < 2)
+    if (sched_getaffinity(0, sizeof(cpus), &cpus) != 0 || CPU_COUNT(&cpus) < 2)
         SKIP("one CPU: two threads never run at once");
+    take_cpu(0);
     CHECK_EQ(fenced(reader_fenced, "both fences"), 0);
     CHECK_EQ(fenced(reader_claims, "both, slot claimed by a locked instruction"), 0);
     bool shown = deleted(reader_bare, keeper_fenced, "without the reader's fence");
     shown = deleted(reader_fenced, keeper_bare, "without the keeper's fence") && shown;
+    CHECK_MSG(shown || !must_show(), "a deleted fence was not missed in the time given");
     if (!shown)
         SKIP("this machine did not reorder a store and a load in the time given");
     return TEST_PASS;
