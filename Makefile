@@ -29,7 +29,7 @@ export PYTHONSAFEPATH := 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo test test-engine test-c test-model test-crash test-wheel lint format bench bench-peers clean
+.PHONY: help setup dev demo test test-engine test-c test-asan test-model test-crash test-wheel lint format bench bench-peers clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -76,6 +76,9 @@ test-engine: setup $(DEMO_STAMP)  ## run the tests that need torch and transform
 
 test-c: $(STAMP)  ## run the C tests: gcc, clang, ASan+UBSan, TSan, aarch64
 	@.ci/test-c
+
+test-asan: $(STAMP)  ## run the Python tests of the C types under ASan and UBSan
+	@.ci/test-python-asan $(PY) $(ARGS)
 
 test-model:  ## explore every schedule of the lock-free parts
 	@if [ -d tests/model ]; then $(MAKE) -C tests/model check; else echo "test-model: no tests/model here"; fi
