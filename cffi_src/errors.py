@@ -104,7 +104,7 @@ _BY_STATUS: Final[dict[int, tuple[type[Exception], str]]] = {
     _lib.CN_EFULL: (PoolFull, "release chunks, wait longer, or give the pool more memory"),
     _lib.CN_ETOOBIG: (ChunkTooLarge, "store smaller chunks, or give the pool a larger region"),
     _lib.CN_EINVAL: (InvalidArgument, "see the documentation of the call"),
-    _lib.CN_ECORRUPT: (Corrupt, "run `cenote verify`, and report it with its output"),
+    _lib.CN_ECORRUPT: (Corrupt, "restart the daemon; report it with `cenote status --json`"),
     _lib.CN_EFORKED: (ForkedChild, "call cenote.client.connect() in the child"),
     _lib.CN_ECLOSED: (PoolGone, "connect again"),
     _lib.CN_ELEASES: (LeaseTableFull, "release chunks, or raise lease_slots of the pool"),
@@ -113,7 +113,7 @@ _BY_STATUS: Final[dict[int, tuple[type[Exception], str]]] = {
     _lib.CN_EVERSION: (VersionMismatch, "install the same cenote on both sides"),
     _lib.CN_EACCES: (NotWritable, "ask for writers in [pool.access] of the daemon"),
     _lib.CN_ELIMIT: (LimitReached, "see `cenote status` and docs/configuration.md"),
-    _lib.CN_ELOST: (ChunkLost, "compute it again; `cenote verify` tells how many there are"),
+    _lib.CN_ELOST: (ChunkLost, "compute it again; `cenote status` tells how many there are"),
     _lib.CN_ENOMEM: (MemoryError, "give this process more memory"),
 }
 

@@ -154,7 +154,7 @@ class Chunk(_handle.Lease):
         if agree is False:
             raise ChunkLost(
                 f"chunk {self.ref:#x} does not have the bytes that were stored: compute it again, "
-                "and see `cenote verify`"
+                "see with `cenote status` how many there are, and report it"
             )
         return agree is True
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Do descriptors, index, arenas, namespaces and counters tell the same story? For tests and
- * `verify`. */
+ * the request `audit`. */
 #include <stdlib.h>
 #include <string.h>
 
