@@ -103,7 +103,7 @@ def _flags() -> Iterator[str]:
         written = f"--{flag.name} {flag.metavar}".strip()
         value = f"={flag.constant}" if flag.constant else ""
         yield f"| `{written}` | `{flag.variable}{value}` | `{sets}` `{flag.key}` | {flag.help} |"
-    yield "| `--reformat` | | | replaces a pool of another size or layout by an empty one |"
+    yield "| `--reformat` | | | accepted; changes nothing yet, as every stop drops the pool |"
     yield "| `--check` | | | validates and prints the configuration, then exits |"
     yield "| `--version` | | | prints the version |"
 

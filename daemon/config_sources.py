@@ -131,7 +131,9 @@ def argument_parser() -> argparse.ArgumentParser:
         else:
             parser.add_argument(f"--{flag.name}", metavar=flag.metavar, help=flag.help)
     parser.add_argument(
-        "--reformat", action="store_true", help="replace a pool of another size or layout"
+        "--reformat",
+        action="store_true",
+        help="changes nothing yet: every start makes an empty pool",
     )
     parser.add_argument(
         "--check", action="store_true", help="validate and print the configuration, then exit"
