@@ -9,6 +9,7 @@ Mischief against real daemons, and the books that must balance afterwards.
 
 Processes come out of a zygote that has imported everything and attached to nothing: a fork costs
 a few milliseconds where a new interpreter costs some hundred, so a thousand of them are a test.
+None of them outlives pytest, a frozen one neither: when it is killed, the kernel kills them.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ assert _spec.loader is not None
 _daemons = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_daemons)
 cenoted = _daemons.cenoted
+dying_with_us = _daemons.dying_with_us
 
 
 def wait_until(true: Callable[[], Any], what: Callable[[], object] = lambda: "") -> Any:
@@ -122,7 +124,10 @@ class Zygote:
             command = [sys.executable, str(HERE / "zygote.py"), str(HERE / script)]
             number = theirs.fileno()
             self._process = subprocess.Popen(
-                [*command, str(number)], pass_fds=[number], stderr=log, stdin=subprocess.DEVNULL
+                dying_with_us([*command, str(number)]),
+                pass_fds=[number],
+                stderr=log,
+                stdin=subprocess.DEVNULL,
             )
         self._socket.settimeout(PATIENCE_S)
 

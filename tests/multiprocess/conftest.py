@@ -7,7 +7,8 @@ Real daemons for tests: the fixture `cenoted` is a factory. `host`, `pool` and `
     channel, welcome, fds = daemon.hello("writer")
     daemon.stop(); daemon.kill()
 
-What a test starts is stopped at its end, and must have left no name behind.
+What a test starts is stopped at its end, and must have left no name behind. When pytest itself is
+killed, or ends in a timeout, the kernel kills the daemons.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import gc
 import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,6 +38,16 @@ STOP_S: Final = 30  # a limit for a hang, not a claim about speed
 _numbers = itertools.count()
 
 
+def dying_with_us(argv: list[str]) -> list[str]:
+    """
+    Return a command that is killed when the thread that starts it ends, however it ends.
+
+    By a program that sets this and executes *argv*: preexec_fn is not safe beside threads.
+    """
+    setpriv = shutil.which("setpriv")  # util-linux; without it only a regular end is clean
+    return [setpriv, "--pdeathsig", "KILL", *argv] if setpriv else argv
+
+
 class Cenoted:
     """One running daemon with one pool (or those of `config`)."""
 
@@ -47,7 +59,7 @@ class Cenoted:
         self._resources = contextlib.ExitStack()
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cenote.daemon.main", *argv],
+                dying_with_us([sys.executable, "-m", "cenote.daemon.main", *argv]),
                 stdout=subprocess.PIPE,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
