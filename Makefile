@@ -7,6 +7,9 @@ VENV      ?= .venv
 # the same version, which is larger; give TORCH=... to choose, or TORCH= to keep what is installed.
 TORCH        ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
+# How long `make nightly` stays with a scenario, and with a fuzz target.
+SCENARIO_SECONDS ?= 600
+FUZZ_SECONDS     ?= 1800
 # Arguments for pytest, the demo or the benches: make test ARGS="-k lease -x"
 ARGS      ?=
 
@@ -29,7 +32,7 @@ export PYTHONSAFEPATH := 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo test test-engine test-c test-asan test-model test-crash test-wheel lint format bench bench-peers clean
+.PHONY: help setup dev demo test test-engine test-c test-asan test-model test-crash test-wheel nightly lint format bench bench-peers clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -82,6 +85,13 @@ test-asan: $(STAMP)  ## run the Python tests of the C types under ASan and UBSan
 
 test-model:  ## explore every schedule of the lock-free parts
 	@if [ -d tests/model ]; then $(MAKE) -C tests/model check; else echo "test-model: no tests/model here"; fi
+
+# A finding of the one must not keep the other from running.
+nightly:  ## explore scenarios of three tasks, then fuzz with libFuzzer: two hours, never in CI
+	@failed=0; \
+	$(MAKE) --no-print-directory -C tests/model nightly NIGHTLY_SECONDS=$(SCENARIO_SECONDS) || failed=1; \
+	$(MAKE) --no-print-directory -C tests/fuzz fuzz SECONDS=$(FUZZ_SECONDS) || failed=1; \
+	exit $$failed
 
 test-crash: setup  ## kill -9 everywhere
 	@if [ -d tests/crash ]; then $(PYTEST) tests/crash $(ARGS); else echo "test-crash: no tests/crash here"; fi
