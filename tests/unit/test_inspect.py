@@ -240,6 +240,14 @@ def test_deletion_and_clearing_are_explained(pool: Pool, prod: Cache, catalog: C
     assert [event.kind for event in deleted.history] == ["stored", "deleted", "cleared"]
 
 
+def settled(pool: Pool) -> None:
+    """Return when the keeper is done: it evicts on after the last commit was linked."""
+    before = -1
+    while (now := pool.stats().evictions) != before:
+        before = now
+        pool.namespace(PROD).delete(key_of(9999))  # answered after a round of its own
+
+
 def test_eviction_is_explained_by_what_caused_it() -> None:
     """
     A chunk that the full pool pushed out was evicted by the policy.
@@ -248,6 +256,7 @@ def test_eviction_is_explained_by_what_caused_it() -> None:
         cache = pool.namespace(PROD)
         for i in range(40):
             store(cache, i, nbytes=512 * 1024)
+        settled(pool)
         catalog = Catalog.of(pool._attachment.handle.mapping)
         gone = [i for i in range(40) if explain(catalog, key_of(i)).verdict == "evicted"]
 
