@@ -123,7 +123,7 @@ class PoolHost:
         form.keeper_start_ns = start_ns(os.getpid())
         form.boot_id = boot_id()
         self.catalog_bytes = catalog_bytes(self.spec)
-        touched = _Touch(progress, stop)
+        touched = media.Pretoucher(progress, stop)
         populate = any(region.populate for region in self.spec.regions)
         catalog = self._object(self.spec.catalog_medium, "catalog", self.catalog_bytes)
         catalog_at = self._mapped(catalog, touched if populate else None)
@@ -151,7 +151,7 @@ class PoolHost:
         self._objects.append(made)
         return made
 
-    def _mapped(self, made: MediumObject, touch: _Touch | None) -> int:
+    def _mapped(self, made: MediumObject, touch: media.Pretoucher | None) -> int:
         address = made.map(writable=True)
         self._undo.callback(media.unmap, address, made.bytes)
         if touch is not None:
@@ -478,19 +478,3 @@ def _guard_copies() -> None:
     syserr = _core.ffi.new("struct cn_syserr *")
     status = _core.lib.cn_guard_install(syserr)
     check(status, "install the SIGBUS guard", errno=syserr.err)
-
-
-class _Touch:
-    """Touches one object after another and adds up their progress."""
-
-    def __init__(self, progress: Progress, stop: threading.Event | None) -> None:
-        self._progress = progress
-        self._stop = stop
-        self._before_bytes = 0
-
-    def __call__(self, address: int, bytes_: int) -> None:
-        before = self._before_bytes
-        media.pretouch(
-            address, bytes_, progress=lambda done: self._progress(before + done), stop=self._stop
-        )
-        self._before_bytes = before + bytes_

@@ -29,7 +29,7 @@ from .file import create_file, unlink_stale_file
 from .limits import Host, check_room, check_rooms, notes, shortages
 from .memfd import create_memfd, create_session_memfd, is_dead, liveness_fd
 from .posix_shm import StaleObject, create_shm, list_stale, unlink_stale
-from .pretouch import PretouchStopped, pretouch, terminal_progress
+from .pretouch import Pretoucher, PretouchStopped, pretouch, terminal_progress
 
 __all__ = [
     "Host",
@@ -41,6 +41,7 @@ __all__ = [
     "NoRoom",
     "ObjectName",
     "PretouchStopped",
+    "Pretoucher",
     "StaleObject",
     "check_room",
     "check_rooms",

@@ -81,6 +81,23 @@ def _thread_count(threads: int | None, cpus: frozenset[int] | None, slices: int)
     return max(0, min(wanted, THREADS_MAX, slices))
 
 
+class Pretoucher:
+    """Touches one mapping after another; progress gets the bytes of all of them so far."""
+
+    def __init__(self, progress: Progress, stop: threading.Event | None = None) -> None:
+        self._progress = progress
+        self._stop = stop
+        self._before_bytes = 0
+
+    def __call__(self, address: int, bytes_: int) -> None:
+        """Touch one more; raises what pretouch() raises."""
+        before = self._before_bytes
+        pretouch(
+            address, bytes_, progress=lambda done: self._progress(before + done), stop=self._stop
+        )
+        self._before_bytes = before + bytes_
+
+
 class _Crew:
     """What the threads share: slices yet to touch, and reports of those that are done."""
 
