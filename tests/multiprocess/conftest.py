@@ -16,12 +16,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -80,6 +82,24 @@ class Cenoted:
     def log(self) -> str:
         """Everything that it logged so far."""
         return self._log.read_text()
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return the log's lines of one kind."""
+        lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
+        return [line for line in lines if line["event"] == name]
+
+    def wait_for(self, name: str) -> dict[str, Any]:
+        """Wait until the log has a line of a kind, and return it; pytest's time limit ends it."""
+        pause = threading.Event()
+        while not (found := self.events(name)):
+            assert self.process.poll() is None, self.log()
+            pause.wait(0.01)
+        return found[0]
+
+    def rewrite(self, change: Callable[[str], str]) -> None:
+        """Change the text of the configuration that it was started with; see hang_up()."""
+        file = Path(self.argv[self.argv.index("--config") + 1])
+        file.write_text(change(file.read_text()))
 
     def connect(self) -> socket.socket:
         """Return a connected socket; it is closed at the end of the test."""

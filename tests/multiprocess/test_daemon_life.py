@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import select
 import signal
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 
 from cenote.shm.session import attach
-from cenote.shm.wire import Channel, Closed, Refusal, encode
+from cenote.shm.wire import Channel, Closed, encode
 
 CONFIG = """
 [[pool]]
@@ -32,21 +31,6 @@ checksum = "off"
 medium = "memfd"
 size = "16MiB"
 """
-
-
-def events_of(log: str, name: str) -> list[dict[str, Any]]:
-    """The log's lines of one kind."""
-    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
-    return [line for line in lines if line["event"] == name]
-
-
-def wait_for_event(daemon: Any, name: str, count: int = 1) -> list[dict[str, Any]]:
-    """Wait until the log has *count* lines of a kind; pytest's time limit ends it."""
-    pause = threading.Event()
-    while len(found := events_of(daemon.log(), name)) < count:
-        assert daemon.process.poll() is None, daemon.log()
-        pause.wait(0.01)
-    return found
 
 
 def switches(pid: int) -> int:
@@ -89,7 +73,7 @@ def test_ready_line_names_pool_socket_and_size(
     assert daemon.stop() == 0
     left = sorted(p.name for p in tmp_path.iterdir() if p.name != "daemon.log")
     assert (left, daemon.names()) == ([], [])
-    assert events_of(daemon.log(), "pool_dropped")[0]["pool"] == daemon.pool
+    assert daemon.events("pool_dropped")[0]["pool"] == daemon.pool
 
 
 def test_stop_tells_clients_why(cenoted: Callable[..., Any]) -> None:
@@ -111,7 +95,7 @@ def test_a_second_daemon_refuses_and_names_the_first(cenoted: Callable[..., Any]
 
     assert second.wait() == 1
     assert second.ready == ""
-    (line,) = events_of(second.log(), "cannot_start")
+    (line,) = second.events("cannot_start")
     assert f"pid {first.pid}" in line["error"]
     assert first.hello()[1].server_pid == first.pid
 
@@ -147,7 +131,7 @@ def test_after_a_kill_the_next_daemon_starts_anew(cenoted: Callable[..., Any], m
     assert after.pool_id != before.pool_id
     assert not set(old_names) & set(second.names())
     assert len(second.names()) == (2 if medium == "shm" else 0)
-    assert len(events_of(second.log(), "leftovers_unlinked")) == 1
+    assert len(second.events("leftovers_unlinked")) == 1
     assert ctypes.string_at(mapping.catalog, 8) == b"cnpoole1"
 
 
@@ -190,54 +174,6 @@ def test_wrong_usage_ends_with_status_2(cenoted: Callable[..., Any]) -> None:
     daemon = cenoted(size="64TiB")
     assert daemon.wait() == 2
     assert "has room for" in daemon.log()
-
-
-def test_reload_applies_what_can_change(cenoted: Callable[..., Any]) -> None:
-    """SIGHUP: policy and water marks change at once; the size waits for a restart and is named."""
-    daemon = cenoted(config=CONFIG)
-    channel, _welcome, _fds = daemon.hello()
-    file = daemon.socket.parent / "cenoted.toml"
-    changed = file.read_text().replace('"lru"', '"s3-fifo"\nhigh_water = 0.5')
-    file.write_text(changed.replace("16MiB", "32MiB"))
-
-    daemon.hang_up()
-    (line,) = wait_for_event(daemon, "reloaded")
-
-    stats = channel.request("stats").body
-    assert (stats["policy"], stats["high_water"]) == ("s3-fifo", 0.5)
-    assert stats["capacity_bytes"] == 16 * 2**20
-    assert line["needs_restart"] == 1
-    assert "size" in events_of(daemon.log(), "needs_restart")[0]["key"]
-
-
-def test_a_broken_reload_changes_nothing(cenoted: Callable[..., Any]) -> None:
-    """A mistake in the file is logged, and the daemon goes on with what it had."""
-    daemon = cenoted(config=CONFIG)
-    channel, _welcome, _fds = daemon.hello()
-    (daemon.socket.parent / "cenoted.toml").write_text("[[pool]]\nname = 7\n")
-
-    daemon.hang_up()
-    wait_for_event(daemon, "reload_failed")
-
-    assert channel.request("stats").body["policy"] == "lru"
-
-
-def test_reload_takes_access_away(cenoted: Callable[..., Any]) -> None:
-    """Who is no longer in the lists loses the connection, and is refused when it comes again."""
-    daemon = cenoted(config=CONFIG)
-    channel, _welcome, _fds = daemon.hello()
-    file = daemon.socket.parent / "cenoted.toml"
-    somebody = os.geteuid() + 4242
-    file.write_text(file.read_text() + f"\n[pool.access]\nadmins = [{somebody}]\n")
-
-    daemon.hang_up()
-    wait_for_event(daemon, "reloaded")
-
-    with pytest.raises((Closed, ConnectionError)):
-        channel.request("ping")
-    assert channel.notices[0]["reason"] == "access"
-    with pytest.raises(Refusal, match=f"uid {os.geteuid()} may not attach"):
-        daemon.hello()
 
 
 def test_several_pools_are_served_by_one_daemon(
@@ -284,31 +220,8 @@ def test_two_admins_destroy_at_once(cenoted: Callable[..., Any]) -> None:
     os.kill(daemon.pid, signal.SIGCONT)
 
     assert daemon.wait() == 0
-    assert not events_of(daemon.log(), "loop_exception"), daemon.log()
+    assert not daemon.events("loop_exception"), daemon.log()
     assert "Traceback" not in daemon.log()
-
-
-def test_a_reload_without_the_socket_file(
-    cenoted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Somebody removed the socket: the rules change all the same, and systemd hears READY=1."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
-        notices.bind(str(tmp_path / "notify"))
-        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        daemon = cenoted(config=CONFIG)
-        channel, _welcome, _fds = daemon.hello()
-        file = daemon.socket.parent / "cenoted.toml"
-        file.write_text(file.read_text() + f"\n[pool.access]\nadmins = [{os.geteuid() + 4242}]\n")
-        daemon.socket.unlink()
-
-        daemon.hang_up()
-        wait_for_event(daemon, "reloaded")
-
-        said = [notices.recv(64).splitlines()[0] for _ in range(3)]
-    assert said == [b"READY=1", b"RELOADING=1", b"READY=1"]
-    assert events_of(daemon.log(), "socket_mode_not_set")
-    with pytest.raises((Closed, ConnectionError)):
-        channel.request("ping")
 
 
 @pytest.mark.parametrize("checksum", ["off", "lazy"])

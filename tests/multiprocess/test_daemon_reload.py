@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGHUP: what a reload changes while clients are attached, and what one that fails leaves."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cenote.shm.wire import Closed, Refusal
+
+CONFIG = """
+[[pool]]
+name = "{pool}"
+socket = "{socket}"
+policy = "lru"
+checksum = "off"
+
+[[pool.region]]
+medium = "memfd"
+size = "16MiB"
+"""
+NOBODY_OF_US = f"\n[pool.access]\nadmins = [{os.geteuid() + 4242}]\n"
+
+
+def test_reload_applies_what_can_change(cenoted: Callable[..., Any]) -> None:
+    """SIGHUP: policy and water marks change at once; the size waits for a restart and is named."""
+    daemon = cenoted(config=CONFIG)
+    channel, _welcome, _fds = daemon.hello()
+    daemon.rewrite(lambda text: text.replace('"lru"', '"s3-fifo"\nhigh_water = 0.5'))
+    daemon.rewrite(lambda text: text.replace("16MiB", "32MiB"))
+
+    daemon.hang_up()
+    line = daemon.wait_for("reloaded")
+
+    stats = channel.request("stats").body
+    assert (stats["policy"], stats["high_water"]) == ("s3-fifo", 0.5)
+    assert stats["capacity_bytes"] == 16 * 2**20
+    assert line["needs_restart"] == 1
+    assert "size" in daemon.events("needs_restart")[0]["key"]
+
+
+def test_a_broken_reload_changes_nothing(cenoted: Callable[..., Any]) -> None:
+    """A mistake in the file is logged, and the daemon goes on with what it had."""
+    daemon = cenoted(config=CONFIG)
+    channel, _welcome, _fds = daemon.hello()
+    daemon.rewrite(lambda _text: "[[pool]]\nname = 7\n")
+
+    daemon.hang_up()
+    daemon.wait_for("reload_failed")
+
+    assert channel.request("stats").body["policy"] == "lru"
+
+
+def test_reload_takes_access_away(cenoted: Callable[..., Any]) -> None:
+    """Who is no longer in the lists loses the connection, and is refused when it comes again."""
+    daemon = cenoted(config=CONFIG)
+    channel, _welcome, _fds = daemon.hello()
+    daemon.rewrite(lambda text: text + NOBODY_OF_US)
+
+    daemon.hang_up()
+    daemon.wait_for("reloaded")
+
+    with pytest.raises((Closed, ConnectionError)):
+        channel.request("ping")
+    assert channel.notices[0]["reason"] == "access"
+    with pytest.raises(Refusal, match=f"uid {os.geteuid()} may not attach"):
+        daemon.hello()
+
+
+def test_a_reload_without_the_socket_file(
+    cenoted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody removed the socket: the rules change all the same, and systemd hears READY=1."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
+        notices.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        daemon = cenoted(config=CONFIG)
+        channel, _welcome, _fds = daemon.hello()
+        daemon.rewrite(lambda text: text + NOBODY_OF_US)
+        daemon.socket.unlink()
+
+        daemon.hang_up()
+        daemon.wait_for("reloaded")
+
+        said = [notices.recv(64).splitlines()[0] for _ in range(3)]
+    assert said == [b"READY=1", b"RELOADING=1", b"READY=1"]
+    assert daemon.events("socket_mode_not_set")
+    with pytest.raises((Closed, ConnectionError)):
+        channel.request("ping")
