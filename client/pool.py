@@ -59,7 +59,7 @@ class PoolStats:
         lease_refused: Lookups answered as a miss because of a limit of the session.
         commits: Chunks stored.
         duplicates: Chunks dropped because the key was there.
-        refused: Commits dropped: quota, or namespace not open.
+        refused: Commits dropped: quota, no place in the index, or not allowed.
         evictions: Chunks evicted.
         deletions: Chunks deleted.
         expirations: Chunks whose time-to-live ended.

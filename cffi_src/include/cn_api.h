@@ -117,6 +117,10 @@ int cn_keeper_step(struct cn_keeper *keeper);
 int cn_keeper_session_open(struct cn_keeper *keeper, struct cn_session_open *args);
 /* A hint to look: the socket closed. The session ends on proof of death only (I6). */
 int cn_keeper_session_hint(struct cn_keeper *keeper, uint32_t session, uint64_t nonce);
+/* From now on the session has this role at most. A reader may commit to no namespace any more and
+ * is granted nothing; what it was granted or leases stays its own (I6). CN_EMISS: it has ended. */
+int cn_keeper_session_demote(struct cn_keeper *keeper, uint32_t session, uint64_t nonce,
+                             uint32_t role);
 int cn_keeper_namespace_open(struct cn_keeper *keeper, struct cn_namespace_open *args);
 int cn_keeper_namespace_quota(struct cn_keeper *keeper, uint32_t slot, uint64_t quota_bytes);
 int cn_keeper_configure(struct cn_keeper *keeper, const struct cn_keeper_config *config);

@@ -143,7 +143,7 @@ struct cn_counters {
     uint64_t deletions;
     uint64_t expirations;
     uint64_t aborts;
-    uint64_t refused;     /* commits dropped: quota, index full, bad namespace */
+    uint64_t refused;     /* records dropped: quota, index full, not allowed to this session */
     uint64_t bad_records; /* ring records that made no sense (I4) */
     uint64_t grants;
     uint64_t grants_failed;

@@ -178,13 +178,8 @@ bool cn_grant_drop(struct cn_keeper *k, struct cn_session *s, uint64_t ref)
 
 /* ---- commit --------------------------------------------------------------- */
 
-static bool record_is_sound(const struct cn_keeper *k, const struct cn_session *s,
-                            const struct cn_record *r, uint32_t d)
+static bool record_is_sound(const struct cn_keeper *k, const struct cn_record *r, uint32_t d)
 {
-    if (s->role < CN_ROLE_WRITER || r->ns_slot == 0 || r->ns_slot >= CN_NAMESPACES_MAX)
-        return false;
-    if ((s->allowed[r->ns_slot / 64] >> (r->ns_slot % 64) & 1) == 0)
-        return false;
     uint64_t end = r->data_bytes;
     if (r->meta_bytes > 0)
         end = (end + CN_CACHELINE - 1) / CN_CACHELINE * CN_CACHELINE + r->meta_bytes;
@@ -274,7 +269,9 @@ int cn_link(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r
     if (d == CN_NONE)
         return CN_EMISS; /* a replay, or a forged grant: nothing happens (I5) */
     grant_end(k, s, d);
-    if (!record_is_sound(k, s, r, d))
+    if (!cn_session_may_write(s, r->ns_slot))
+        return refuse_commit(k, d, &k->count.refused, CN_EACCES);
+    if (!record_is_sound(k, r, d))
         return refuse_commit(k, d, &k->count.bad_records, CN_EINVAL);
     struct cn_key key;
     memcpy(&key, r->key, sizeof(key));

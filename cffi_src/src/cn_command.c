@@ -127,7 +127,8 @@ static int do_namespace_open(struct cn_keeper *k, void *args)
     else if (o->name[0] != 0 && bound == 0 && !namespace_name(k, slot, o))
         return CN_EINVAL;
     struct cn_session *s = o->session < CN_SESSIONS_MAX ? k->sessions[o->session] : NULL;
-    if (s != NULL && s->nonce == o->session_nonce) /* not its successor in the same place */
+    /* not its successor in the same place, and nobody who was demoted meanwhile */
+    if (s != NULL && s->nonce == o->session_nonce && s->role >= CN_ROLE_WRITER)
         s->allowed[slot / 64] |= 1ull << (slot % 64);
     o->ret_slot = slot;
     return CN_OK;
@@ -279,6 +280,12 @@ int cn_keeper_session_hint(struct cn_keeper *k, uint32_t session, uint64_t nonce
 {
     struct cn_hint_args args = {session, nonce};
     return cn_call(k, cn_do_session_hint, &args);
+}
+
+int cn_keeper_session_demote(struct cn_keeper *k, uint32_t session, uint64_t nonce, uint32_t role)
+{
+    struct cn_demote_args args = {session, nonce, role};
+    return cn_call(k, cn_do_session_demote, &args);
 }
 
 int cn_keeper_namespace_open(struct cn_keeper *k, struct cn_namespace_open *args)

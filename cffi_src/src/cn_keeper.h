@@ -272,6 +272,10 @@ void cn_session_look_at_access(struct cn_keeper *k, struct cn_session *s);
 void cn_session_publish(struct cn_keeper *k, struct cn_session *s, bool wake);
 void cn_session_end(struct cn_keeper *k, struct cn_session *s);
 bool cn_session_has_work(const struct cn_session *s);
+/* May it change what is in this namespace? */
+bool cn_session_may_write(const struct cn_session *s, uint32_t ns);
+/* Take back what lies in its stock unused. Its rows are not filled again until it asks. */
+uint32_t cn_session_revoke_stock(struct cn_keeper *k, struct cn_session *s);
 /* Take back granted extents that lie in stocks which nobody used for so long. Returns how many. */
 uint32_t cn_revoke_stock(struct cn_keeper *k, uint64_t idle_ns);
 void cn_stock_want(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r);
@@ -281,6 +285,7 @@ void cn_stock_refill(struct cn_keeper *k, struct cn_session *s);
 void cn_session_fold(struct cn_keeper *k, struct cn_session *s);
 int cn_do_session_open(struct cn_keeper *k, void *args);
 int cn_do_session_hint(struct cn_keeper *k, void *args);
+int cn_do_session_demote(struct cn_keeper *k, void *args);
 int cn_do_session_info(struct cn_keeper *k, void *args);
 
 /* Run on the keeper's thread and wait for it. */
@@ -291,6 +296,11 @@ int cn_do_configure(struct cn_keeper *k, void *args);
 struct cn_hint_args {
     uint32_t session;
     uint64_t nonce;
+};
+struct cn_demote_args {
+    uint32_t session;
+    uint64_t nonce;
+    uint32_t role;
 };
 struct cn_info_args {
     struct cn_session_info *infos;

@@ -11,11 +11,18 @@
 
 /* ---- records -------------------------------------------------------------- */
 
+bool cn_session_may_write(const struct cn_session *s, uint32_t ns)
+{
+    return s->role >= CN_ROLE_WRITER && ns != 0 && ns < CN_NAMESPACES_MAX &&
+           (s->allowed[ns / 64] >> (ns % 64) & 1) != 0;
+}
+
 static uint32_t find_for(struct cn_keeper *k, const struct cn_session *s, const struct cn_record *r)
 {
-    if (s->role < CN_ROLE_WRITER || r->ns_slot == 0 || r->ns_slot >= CN_NAMESPACES_MAX ||
-        (s->allowed[r->ns_slot / 64] >> (r->ns_slot % 64) & 1) == 0)
+    if (!cn_session_may_write(s, r->ns_slot)) {
+        k->count.refused++;
         return CN_NONE;
+    }
     struct cn_key key;
     memcpy(&key, r->key, sizeof(key));
     struct cn_hash h = cn_hash_key(k->catalog.hash_seed, r->ns_slot, &key);
@@ -321,13 +328,38 @@ int cn_do_session_open(struct cn_keeper *k, void *args)
     return CN_OK;
 }
 
+/* Not its successor in the same place. */
+static struct cn_session *session_of(const struct cn_keeper *k, uint32_t session, uint64_t nonce)
+{
+    struct cn_session *s = session < CN_SESSIONS_MAX ? k->sessions[session] : NULL;
+    return s != NULL && s->nonce == nonce ? s : NULL;
+}
+
+int cn_do_session_demote(struct cn_keeper *k, void *args)
+{
+    const struct cn_demote_args *demote = args;
+    struct cn_session *s = session_of(k, demote->session, demote->nonce);
+    if (demote->role < CN_ROLE_READER || demote->role > CN_ROLE_ADMIN)
+        return CN_EINVAL;
+    if (s == NULL)
+        return CN_EMISS;
+    if (demote->role >= s->role)
+        return CN_OK;
+    s->role = demote->role;
+    cn_store_release(&k->catalog.registry[s->idx].word, CN_SESSION_OPEN | (uint64_t)s->role << 8);
+    if (s->role >= CN_ROLE_WRITER)
+        return CN_OK;
+    memset(s->allowed, 0, sizeof(s->allowed));
+    cn_session_revoke_stock(k, s);
+    return CN_OK;
+}
+
 int cn_do_session_hint(struct cn_keeper *k, void *args)
 {
     const struct cn_hint_args *hint = args;
-    if (hint->session >= CN_SESSIONS_MAX || k->sessions[hint->session] == NULL ||
-        k->sessions[hint->session]->nonce != hint->nonce)
+    struct cn_session *s = session_of(k, hint->session, hint->nonce);
+    if (s == NULL)
         return CN_EMISS;
-    struct cn_session *s = k->sessions[hint->session];
     s->death_check_ns = k->monotonic_ns;
     s->death_period_ns = CN_DEATH_LOOK_NS;
     return CN_OK;

@@ -22,6 +22,14 @@ static uint32_t row_revoke(struct cn_keeper *k, struct cn_session *s, uint32_t r
     return taken;
 }
 
+uint32_t cn_session_revoke_stock(struct cn_keeper *k, struct cn_session *s)
+{
+    uint32_t taken = 0;
+    for (uint32_t row = 0; row < CN_STOCK_ROWS; row++)
+        taken += row_revoke(k, s, row);
+    return taken;
+}
+
 uint32_t cn_revoke_stock(struct cn_keeper *k, uint64_t idle_ns)
 {
     uint32_t taken = 0;
@@ -92,8 +100,11 @@ static uint32_t row_for(struct cn_keeper *k, struct cn_session *s, uint64_t exte
 void cn_stock_want(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r)
 {
     uint64_t extent_bytes = r->arg;
-    bool sound = s->role >= CN_ROLE_WRITER && extent_bytes > 0 &&
-                 extent_bytes % CN_PAGE_BYTES == 0 &&
+    if (s->role < CN_ROLE_WRITER) {
+        k->count.refused++;
+        return;
+    }
+    bool sound = extent_bytes > 0 && extent_bytes % CN_PAGE_BYTES == 0 &&
                  extent_bytes <= CN_CHUNK_BYTES_MAX + 2 * CN_META_BYTES_MAX;
     if (!sound) {
         k->count.bad_records++;
