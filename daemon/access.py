@@ -14,7 +14,7 @@ from cenote.shm.identity import Peer
 from cenote.shm.messages import ROLES
 from cenote.shm.wire import Refusal
 
-from .config import PoolConfig, TenantConfig
+from .config import PoolConfig, Role, TenantConfig
 from .config_host import SaltError, read_salt
 
 
@@ -70,6 +70,12 @@ class AccessTable:
         except Refusal:
             return False
         return True
+
+    def remaining(self, peer: Peer, role: str) -> str:
+        """Return what is left of *role* by these rules; whoever may nothing still reads (I6)."""
+        best = self._pool.access.role_of(peer.uid, peer.gids) or Role.READER
+        number = min(ROLES[role], int(best))
+        return next(name for name in ROLES if ROLES[name] == number)
 
     def tenant_of(self, peer: Peer) -> Tenant:
         """Return with which salt and quota the namespaces of *peer* are made."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from cenote.shm.errors import LimitReached, ManifestMismatch, PoolGone
@@ -80,6 +80,7 @@ class PoolService:
         self._ours = new_hello(SERVER)
         self._namespaces_of: dict[int, set[bytes]] = {}  # ids by uid
         self._quota_of: dict[int, Peer] = {}  # who opened the namespace in a slot first
+        self._holders: dict[int, Caller] = {}  # of each session, by index; it outlives its socket
         self._answers: Mapping[str, Callable[[Caller, Mapping[str, Any]], dict[str, Any]]] = {
             "namespace": self._namespace,
             "stats": self._stats,
@@ -143,6 +144,7 @@ class PoolService:
         offer = self._open_session(caller.peer, role, hello.label, pidfd)
         welcome = offer.welcome
         caller.role, caller.session, caller.nonce = role, welcome.session, welcome.nonce
+        self._holders[welcome.session] = replace(caller)
         log.debug("session_opened", pool=self.host.name, session=welcome.session, role=role)
         names = descriptor_names(len(welcome.regions), role)
         fields = success(
@@ -316,10 +318,28 @@ class PoolService:
     # ---- reload ---------------------------------------------------------------------------------
 
     def reconfigure(self, config: PoolConfig, access: AccessTable) -> None:
-        """Take over a new configuration, and apply its quotas to the namespaces there are."""
+        """Take over a new configuration: its roles and its quotas hold for what is there, too."""
         self.config, self.access = config, access
+        self._demote()
         for slot, peer in self._quota_of.items():
             self.host.set_quota(slot, access.tenant_of(peer).quota_bytes)
+
+    def _demote(self) -> None:
+        """
+        Take from each session what its user may no longer do.
+
+        Closing its connection is not enough: a session stores and deletes through its ring.
+        """
+        pids = []
+        for holder in self._holders.values():
+            role = self.access.remaining(holder.peer, holder.role)
+            if role == holder.role:
+                continue
+            holder.role = role  # for good: who gets the right back attaches anew
+            if self.host.demote(holder.session, holder.nonce, role):
+                pids.append(holder.peer.pid)
+        if pids:
+            log.info("sessions_demoted", pool=self.host.name, sessions=len(pids), pids=pids)
 
 
 def _checked_pidfd(peer: Peer, descriptors: tuple[int, ...]) -> int:

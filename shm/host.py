@@ -359,6 +359,18 @@ class PoolHost:
         with contextlib.suppress(PoolGone), self._command() as keeper:
             _core.lib.cn_keeper_session_hint(keeper, session, nonce)
 
+    def demote(self, session: int, nonce: int, role: str) -> bool:
+        """
+        Let a session have *role* at most from now on; return whether it is still there.
+
+        Below writer its ring changes nothing any more; what it leases or was granted it keeps (I6).
+        """
+        with self._command() as keeper:
+            status = _core.lib.cn_keeper_session_demote(keeper, session, nonce, ROLES[role])
+        if status != _core.lib.CN_EMISS:
+            check(status, f"make session {session} of pool {self.name!r} a {role}'s")
+        return bool(status == _core.lib.CN_OK)
+
     # ---- namespaces -----------------------------------------------------------------------------
 
     def open_namespace(

@@ -30,13 +30,16 @@ from typing import Any, Final
 
 import pytest
 
+from cenote._native import _core
 from cenote.client import Cache, Manifest, Pool
 from cenote.client.testing import MemoryHost
 from cenote.shm.identity import own_pidfd
-from cenote.shm.session import Welcome, new_hello, parse_welcome
+from cenote.shm.manifest import canonical
+from cenote.shm.session import Welcome, attach, new_hello, parse_welcome
 from cenote.shm.wire import Channel, close_all
 
 STOP_S: Final = 30  # a limit for a hang, not a claim about speed
+ffi, lib = _core.ffi, _core.lib
 _numbers = itertools.count()
 
 
@@ -48,6 +51,56 @@ def dying_with_us(argv: list[str]) -> list[str]:
     """
     setpriv = shutil.which("setpriv")  # util-linux; without it only a regular end is clean
     return [setpriv, "--pdeathsig", "KILL", *argv] if setpriv else argv
+
+
+class Raw:
+    """A session as hostile code has it: the calls into the core, and nothing of our client."""
+
+    def __init__(self, channel: Channel, welcome: Welcome, fds: dict[str, int]) -> None:
+        self.channel = channel
+        self.welcome = welcome
+        self.mapping = attach(welcome, fds)
+        self.client = ffi.cast("struct cn_client *", self.mapping.ptr)
+        manifest = canonical({"model": "raw", "layout": "l", "dtype": "uint8", "chunk_tokens": 1})
+        reply = channel.request("namespace", {"manifest": manifest, "name": None})
+        self.slot = int(reply.body["slot"])
+
+    def reserve(self, nbytes: int) -> Any:
+        """Return a grant."""
+        grant = ffi.new("struct cn_grant *")
+        assert lib.cn_reserve(self.client, nbytes, 0, 1000, grant) == lib.CN_OK
+        return grant
+
+    def commit(self, grant: Any, key: bytes, nbytes: int) -> None:
+        """Store what lies in *grant*, and wait until the keeper has read it."""
+        put, where = ffi.new("struct cn_put *"), ffi.new("uint8_t[]", key)
+        put.ref, put.key, put.data_bytes, put.ns_slot = grant.ref, where, nbytes, self.slot
+        put.position = lib.CN_POSITION_UNKNOWN
+        assert lib.cn_commit(self.client, put, 1000) == lib.CN_OK
+        assert lib.cn_flush(self.client, 5000) == lib.CN_OK
+
+    def delete(self, key: bytes) -> int:
+        """Delete a key; return for how many it took effect."""
+        done, where = ffi.new("uint32_t *"), ffi.new("uint8_t[]", key)
+        op = (lib.CN_OP_DELETE, self.slot, where, 1, 0, 5000, done)
+        assert lib.cn_keys_op(self.client, *op) == lib.CN_OK
+        return int(done[0])
+
+    def find(self, key: bytes) -> int | None:
+        """Return the reference of the chunk under *key*, read from the catalog."""
+        d, chunk = ffi.new("uint32_t *"), ffi.new("struct cn_chunk *")
+        cold, catalog = ffi.new("struct cn_cold *"), ffi.cast("void *", self.mapping.catalog)
+        if lib.cn_find(catalog, self.slot, key, d) != lib.CN_OK:
+            return None
+        assert lib.cn_chunk_read(catalog, d[0], chunk, cold) == lib.CN_OK
+        return int(chunk.word >> 32 << 32 | d[0])
+
+    def wait_for(self, **counted: int) -> None:
+        """Wait until the pool's counters are these; the keeper writes them once a round."""
+        pause = threading.Event()
+        counters = ffi.cast("struct cn_super *", self.mapping.catalog).counters
+        while {name: int(getattr(counters, name)) for name in counted} != counted:
+            pause.wait(0.01)
 
 
 class Cenoted:
@@ -128,6 +181,10 @@ class Cenoted:
         welcome, fds = parse_welcome(reply)
         self._resources.callback(lambda: close_all(fds.values()))
         return channel, welcome, fds
+
+    def raw(self, role: str = "writer", label: str = "raw") -> Raw:
+        """Attach a session that is used without our client; it opened a namespace."""
+        return Raw(*self.hello(role, label))
 
     def hang_up(self) -> None:
         """Send SIGHUP: read the configuration again."""

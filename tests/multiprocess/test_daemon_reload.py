@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,16 @@ medium = "memfd"
 size = "16MiB"
 """
 NOBODY_OF_US = f"\n[pool.access]\nadmins = [{os.geteuid() + 4242}]\n"
+
+
+def once_allowed(daemon: Any) -> Any:
+    """Attach as soon as a reload admits us; pytest's time limit ends it."""
+    pause = threading.Event()
+    while True:
+        try:
+            return daemon.raw("writer")
+        except Refusal:
+            pause.wait(0.01)
 
 
 def test_reload_applies_what_can_change(cenoted: Callable[..., Any]) -> None:
@@ -70,6 +81,59 @@ def test_reload_takes_access_away(cenoted: Callable[..., Any]) -> None:
     assert channel.notices[0]["reason"] == "access"
     with pytest.raises(Refusal, match=f"uid {os.geteuid()} may not attach"):
         daemon.hello()
+
+
+@pytest.mark.parametrize("connected", [True, False])
+@pytest.mark.parametrize("left", ["nobody", "reader"])
+def test_reload_takes_the_ring_away(
+    cenoted: Callable[..., Any], left: str, connected: bool
+) -> None:
+    """
+    Whose role a reload takes stores and deletes no more through the ring that it has mapped, with
+    or without a connection; what it tries is counted, what it reads it keeps, and nothing leaks.
+    """
+    daemon = cenoted(config=CONFIG)
+    raw = daemon.raw("writer")
+    stored, late = os.urandom(32), os.urandom(32)
+    raw.commit(raw.reserve(4096), stored, 4096)
+    grant = raw.reserve(4096)
+    if not connected:
+        raw.channel.close()
+    readers = f"readers = [{os.geteuid()}]\n" if left == "reader" else ""
+    daemon.rewrite(lambda text: text + NOBODY_OF_US + readers)
+
+    daemon.hang_up()
+    line = daemon.wait_for("sessions_demoted")
+    daemon.wait_for("reloaded")
+    raw.commit(grant, late, 4096)
+
+    assert (line["sessions"], line["pids"]) == (1, f"[{os.getpid()}]")
+    assert raw.find(late) is None
+    assert raw.delete(stored) == 0
+    assert raw.find(stored) is not None
+    raw.wait_for(refused=2, granted_bytes=0, live_chunks=1)
+    if left == "reader":
+        roles = [s["role"] for s in daemon.hello("reader")[0].request("sessions").body["sessions"]]
+        assert roles == [1, 1]
+
+
+def test_a_right_that_comes_back_is_for_who_attaches_anew(cenoted: Callable[..., Any]) -> None:
+    """A session stays what a reload made it; another one of the same user has the right again."""
+    daemon = cenoted(config=CONFIG)
+    before = daemon.raw("writer")
+    first, second = os.urandom(32), os.urandom(32)
+    grant = before.reserve(4096)
+    daemon.rewrite(lambda text: text + NOBODY_OF_US)
+    daemon.hang_up()
+    daemon.wait_for("sessions_demoted")
+
+    daemon.rewrite(lambda text: text.replace(NOBODY_OF_US, ""))
+    daemon.hang_up()
+    after = once_allowed(daemon)
+    before.commit(grant, first, 4096)
+    after.commit(after.reserve(4096), second, 4096)
+
+    assert (after.find(first), after.find(second) is not None) == (None, True)
 
 
 def test_a_reload_without_the_socket_file(
