@@ -26,7 +26,7 @@ from cenote.shm.paths import PathError
 from . import config_reload, config_sources, logs, systemd
 from .config import ConfigError, DaemonConfig
 from .config_host import SaltError
-from .pools import ServedPool
+from .pools import PoolChange, ServedPool
 
 PR_SET_DUMPABLE: Final = 4
 DESCRIPTORS_WANTED: Final = 65_536
@@ -153,23 +153,31 @@ class Daemon:
     def _reload(self) -> None:
         now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={now_us}")
+        remark = "the old configuration stays in force"
         try:
             found = config_reload.diff(self._config, config_sources.load(self._argv).config)
-            self._apply(found)
+            changes = self._prepare(found)
+            remark = "the new configuration is in force in part: restart the daemon"
+            self._apply(found, changes)
         except (ConfigError, SaltError, CenoteError, OSError, SystemExit) as error:
-            remark = "the old configuration stays in force"
             log.error("reload_failed", exc=error, remark=remark)  # noqa: TRY400 - our log
         finally:
             systemd.notify("READY=1")
 
-    def _apply(self, found: config_reload.Reload) -> None:
+    def _prepare(self, found: config_reload.Reload) -> list[tuple[ServedPool, PoolChange]]:
+        """Do all that can fail, for every pool before the first of them is changed."""
         by_name = {pool.name: pool for pool in found.config.pools}
         changed = {change.pool for change in found.live}
-        for served in self._pools:
-            if served.name in changed:
-                served.reload(by_name[served.name])
+        pools = [served for served in self._pools if served.name in changed]
+        return [(served, served.prepare(by_name[served.name])) for served in pools]
+
+    def _apply(
+        self, found: config_reload.Reload, changes: list[tuple[ServedPool, PoolChange]]
+    ) -> None:
+        for served, prepared in changes:
+            served.apply(prepared)
         self._config = found.config
-        if "" in changed:
+        if any(not change.pool for change in found.live):
             logs.configure(found.config.log_level, found.config.log_format)
         for change in found.restart:
             log.warning("needs_restart", pool=change.pool, change=str(change), key=change.key)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cenote.shm import media
@@ -56,9 +56,18 @@ def spec_of(pool: PoolConfig) -> PoolSpec:
     )
 
 
+@dataclass(frozen=True)
+class PoolChange:
+    """What a reload makes of one pool."""
+
+    config: PoolConfig
+    access: AccessTable
+    spec: PoolSpec
+
+
 class ServedPool:
     """
-    A pool of this daemon, step by step: claim(), make(), serve(), then reload() and close().
+    A pool of this daemon, step by step: claim(), make(), serve(), then apply() and close().
 
     Args:
         config: The daemon's configuration, for its run directory.
@@ -157,14 +166,13 @@ class ServedPool:
         if self._host is not None:  # else it is being closed
             self._host.counters()
 
-    def reload(self, pool: PoolConfig) -> None:
+    def prepare(self, pool: PoolConfig) -> PoolChange:
         """
-        Apply what can change while clients are attached.
+        Return what a reload applies here, after everything of it that can fail.
 
         Raises:
-            SaltError, CenoteError: Nothing was changed.
+            SaltError: A tenant's salt cannot be used.
         """
-        assert self._server is not None
         access = AccessTable(pool)
         spec = replace(
             self.spec,
@@ -174,9 +182,14 @@ class ServedPool:
             checksum=pool.checksum,
             reader_lease_share=pool.reader_lease_share,
         )
-        self.host.configure(spec)
-        self.spec, self.config, self._access = spec, pool, access
-        self._server.service.reconfigure(pool, access)
+        return PoolChange(pool, access, spec)
+
+    def apply(self, change: PoolChange) -> None:
+        """Change what can change while clients are attached."""
+        assert self._server is not None
+        self.host.configure(change.spec)
+        self.spec, self.config, self._access = change.spec, change.config, change.access
+        self._server.service.reconfigure(change.config, change.access)
         self._server.access_changed()
         self._scrub()
 

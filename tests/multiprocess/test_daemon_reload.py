@@ -83,6 +83,32 @@ def test_reload_takes_access_away(cenoted: Callable[..., Any]) -> None:
         daemon.hello()
 
 
+def test_a_reload_that_one_pool_cannot_follow_changes_none(
+    cenoted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """
+    The second pool's salt file is missing: the first keeps what it had, as the log says, and a
+    reload with the file there changes both.
+    """
+    other, salt = tmp_path / "other.sock", tmp_path / "salt"
+    second = CONFIG.replace("{pool}", "{pool}-b").replace("{socket}", str(other))
+    daemon = cenoted(config=CONFIG + second)
+    channel, _welcome, _fds = daemon.hello()
+    tenant = f'\n[[pool.tenant]]\nusers = [{os.geteuid()}]\nsalt_file = "{salt}"\n'
+    daemon.rewrite(lambda text: text.replace('"lru"', '"lfu"') + tenant)
+
+    daemon.hang_up()
+    line = daemon.wait_for("reload_failed")
+
+    assert str(salt) in line["error"]
+    assert channel.request("stats").body["policy"] == "lru"
+    salt.touch(0o600)
+    salt.write_bytes(os.urandom(32))
+    daemon.hang_up()
+    daemon.wait_for("reloaded")
+    assert channel.request("stats").body["policy"] == "lfu"
+
+
 @pytest.mark.parametrize("connected", [True, False])
 @pytest.mark.parametrize("left", ["nobody", "reader"])
 def test_reload_takes_the_ring_away(
