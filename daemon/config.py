@@ -90,19 +90,22 @@ def option(
     *,
     key: str = "",
     live: bool = False,
+    at_attach: bool = False,
     required: bool = False,
     default_text: str = "",
 ) -> Any:
     """
     Return a dataclass field with what the loader, the reload and the documentation must know.
 
-    key: its name in TOML, when it is not the field's. live: SIGHUP can change it.
+    key: its name in TOML, when it is not the field's. live: SIGHUP can change it. at_attach: a
+    session is told once, when it attaches, so that the change is for those that come later.
     """
     metadata = {
         "doc": doc,
         "kind": kind,
         "key": key,
-        "live": live,
+        "live": live or at_attach,
+        "at_attach": at_attach,
         "required": required,
         "default_text": default_text,
     }
@@ -259,10 +262,11 @@ class PoolConfig:
     )
     checksum: str = option(
         "When bytes that were written in place get their CRC-32C: never, by a background task "
-        '("lazy"), or before they become visible ("commit"). Copies get theirs in passing.',
+        '("lazy"), or before they become visible ("commit"). Copies get theirs in passing. '
+        "A reload starts or ends the task at once.",
         kinds.choice("off", "lazy", "commit"),
         "lazy",
-        live=True,
+        at_attach=True,
     )
     max_chunks: int = option(
         "Chunks that the catalog can name; each costs about 150 bytes of memory.",
@@ -273,7 +277,7 @@ class PoolConfig:
         "Share of the pool's bytes that one reader may hold in leases.",
         kinds.share(),
         0.25,
-        live=True,
+        at_attach=True,
     )
     default_quota: int = option(
         "At most so many bytes in each namespace; beyond it the namespace evicts its own chunks.",

@@ -38,8 +38,9 @@ A value comes from the first of these that has it:
 each with file, line and remedy, when there is one. Unknown keys are mistakes.
 
 Sizes are `"4GiB"` (powers of 1024) or `"4GB"` (powers of 1000); bare integers are bytes. Paths in
-the file are absolute. SIGHUP reads everything again; what is marked *live* changes at once, and a
-log line says what has to wait for the next start. Examples, one a medium, are in
+the file are absolute. SIGHUP reads everything again. What is marked *live* changes at once; *new
+sessions* means that it holds for sessions attached from then on, as one is told when it attaches;
+a log line says what has to wait for the next start. Examples, one a medium, are in
 `deploy/examples`.
 """
 
@@ -69,6 +70,7 @@ def _section(header: str, cls: type) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for key, option in options(cls).items():
         mark = "live" if option.metadata["live"] else "restart"
+        mark = "new sessions" if option.metadata["at_attach"] else mark
         kind = option.metadata["kind"]
         default = option.metadata["default_text"] or _default(option.default, kind.show)
         cells = (f"`{key}`", default, mark, option.metadata["doc"], kind.allowed)

@@ -22,17 +22,20 @@ class Change:
     One difference.
 
     pool: the name of the pool, "" for the daemon. key: as in TOML, such as "access.writers".
-    old, new: as one would write them, "-" for absent.
+    old, new: as one would write them, "-" for absent. at_attach: sessions that are attached
+    already keep the old value.
     """
 
     pool: str
     key: str
     old: str
     new: str
+    at_attach: bool = False
 
     def __str__(self) -> str:
         where = f"pool {self.pool!r}: " if self.pool else ""
-        return f"{where}{self.key}: {self.old} -> {self.new}"
+        whom = ", for sessions attached from then on" if self.at_attach else ""
+        return f"{where}{self.key}: {self.old} -> {self.new}{whom}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ def _merge(old: Any, new: Any, pool: str, prefix: str, found: _Found) -> Any:
         if before == after:
             continue
         show = option.metadata["kind"]
-        change = Change(pool, prefix + key, _shown(before, show), _shown(after, show))
+        shown = _shown(before, show), _shown(after, show)
+        change = Change(pool, prefix + key, *shown, option.metadata["at_attach"])
         if option.metadata["live"]:
             found.live.append(change)
             taken[option.name] = after

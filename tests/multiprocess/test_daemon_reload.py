@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from cenote._native import _core
 from cenote.shm.wire import Closed, Refusal
 
+ffi, lib = _core.ffi, _core.lib
 CONFIG = """
 [[pool]]
 name = "{pool}"
@@ -53,6 +55,29 @@ def test_reload_applies_what_can_change(cenoted: Callable[..., Any]) -> None:
     assert stats["capacity_bytes"] == 16 * 2**20
     assert line["needs_restart"] == 1
     assert "size" in daemon.events("needs_restart")[0]["key"]
+
+
+def test_what_a_session_is_told_once_changes_for_those_that_come(
+    cenoted: Callable[..., Any],
+) -> None:
+    """
+    checksum and reader_lease_share are in the welcome: who is attached keeps what it was told, and
+    the log line says for whom they changed.
+    """
+    daemon = cenoted(config=CONFIG)
+    before = daemon.raw("reader")
+    daemon.rewrite(lambda text: text.replace('"off"', '"commit"\nreader_lease_share = 0.5'))
+
+    daemon.hang_up()
+    line = daemon.wait_for("reloaded")
+    after = daemon.raw("reader")
+
+    assert line["changes"].count("for sessions attached from then on") == 2
+    told = [(raw.welcome.checksum, raw.welcome.lease_limit_bytes) for raw in (before, after)]
+    assert told == [("off", 4 * 2**20), ("commit", 8 * 2**20)]
+    heads = [lib.cn_client_session(raw.client) for raw in (before, after)]
+    limits = [ffi.cast("struct cn_session_head *", head).lease_limit_bytes for head in heads]
+    assert limits == [4 * 2**20, 8 * 2**20]
 
 
 def test_a_broken_reload_changes_nothing(cenoted: Callable[..., Any]) -> None:
