@@ -210,6 +210,10 @@ class TenantConfig:
 
     The salt keeps tenants from each other's chunks by name, not by force: tenants that distrust
     each other get pools of their own.
+
+    Tenants without a salt share the namespaces of equal manifests, and so do users of no tenant. A
+    shared namespace has the quota of whoever opened it first since the daemon started, and a reload
+    gives it that tenant's new one: give tenants whose quotas differ a salt each.
     """
 
     users: tuple[Principal, ...] = option(

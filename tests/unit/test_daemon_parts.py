@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from cenote.client.testing import MemoryHost
 from cenote.daemon import config_sources
 from cenote.daemon.access import AccessTable
-from cenote.daemon.config import PoolConfig
+from cenote.daemon.config import PoolConfig, Principal, TenantConfig
 from cenote.daemon.lock import PoolLock, PoolTaken
 from cenote.daemon.main import Daemon
 from cenote.daemon.scrub import SETTLE_S, scrub
@@ -24,6 +25,7 @@ from cenote.daemon.server import TokenBucket
 from cenote.daemon.service import NAMESPACES_PER_UID_MAX, Caller, PoolService
 from cenote.daemon.systemd import notify, watchdog_period_s
 from cenote.shm.identity import Peer
+from cenote.shm.inspect import Catalog
 from cenote.shm.manifest import canonical
 from cenote.shm.wire import Refusal
 
@@ -242,3 +244,22 @@ def test_a_user_with_all_its_namespaces_opens_them_again() -> None:
         assert open_namespace(7) == slots[7]
         with pytest.raises(Refusal, match="as many as one user may"):
             open_namespace(NAMESPACES_PER_UID_MAX)
+
+
+def test_the_first_opener_gives_a_shared_namespace_its_quota() -> None:
+    """Tenants without salt share a namespace: the first one's quota holds, after a reload too."""
+    tenants = [
+        TenantConfig((Principal("user", uid, str(uid)),), quota=uid * 2**20) for uid in (3, 4)
+    ]
+    with MemoryHost("16MiB") as host, host.connect() as pool:
+        config = PoolConfig(tenants=tuple(tenants))
+        service = PoolService(host._running(), config, AccessTable(config), lambda: None)
+        for uid in (4, 3):
+            caller = Caller(Peer(1, uid, uid, frozenset()), role="reader")
+            service.answer(caller, "namespace", 1, {"manifest": canonical({"model": 1})}, ())
+        catalog = Catalog.of(pool._attachment.handle.mapping)
+
+        assert [one.quota_bytes for one in catalog.namespaces()] == [4 * 2**20]
+        grown = PoolConfig(tenants=(tenants[0], replace(tenants[1], quota=5 * 2**20)))
+        service.reconfigure(grown, AccessTable(grown))
+        assert [one.quota_bytes for one in catalog.namespaces()] == [5 * 2**20]
