@@ -81,6 +81,7 @@ class PoolService:
         self._namespaces_of: dict[int, set[bytes]] = {}  # ids by uid
         self._quota_of: dict[int, Peer] = {}  # who opened the namespace in a slot first
         self._holders: dict[int, Caller] = {}  # of each session, by index; it outlives its socket
+        self._hogs: set[tuple[int, int]] = set()  # sessions over their limit, last seen
         self._answers: Mapping[str, Callable[[Caller, Mapping[str, Any]], dict[str, Any]]] = {
             "namespace": self._namespace,
             "stats": self._stats,
@@ -269,7 +270,25 @@ class PoolService:
         }
 
     def _sessions(self, _caller: Caller, _body: Mapping[str, Any]) -> dict[str, Any]:
-        return {"sessions": self.host.sessions()}
+        sessions = self.host.sessions()
+        self._look_for_hogs(sessions)
+        return {"sessions": sessions}
+
+    def _look_for_hogs(self, sessions: list[dict[str, Any]]) -> None:
+        """Log each session that leases more than it may once, when it is seen first."""
+        hogs = {(s["session"], s["nonce"]): s for s in sessions if s["over_limit"]}
+        for key in hogs.keys() - self._hogs:
+            hog = hogs[key]
+            log.warning(
+                "reader_over_limit",
+                pool=self.host.name,
+                pid=hog["pid"],
+                uid=hog["uid"],
+                leased_bytes=hog["leased_bytes"],
+                limit_bytes=hog["lease_limit_bytes"],
+                remedy="its client does not keep the limit: end the process to free what it holds",
+            )
+        self._hogs = set(hogs)
 
     def _config(self, caller: Caller, _body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings in force, as one would write them; who may attach for admins only."""

@@ -235,7 +235,7 @@ class PoolHost:
         return found
 
     def sessions(self) -> list[dict[str, Any]]:
-        """Return struct cn_session_info of each session, and the label it gave itself."""
+        """Return struct cn_session_info of each session, and what the registry has beyond it."""
         infos = _core.ffi.new("struct cn_session_info[]", SESSIONS_MAX)
         count = _core.ffi.new("uint32_t *")
         with self._command() as keeper:
@@ -253,9 +253,14 @@ class PoolHost:
         base = _core.ffi.cast("char *", self._catalog) + self._catalog.registry_off
         entry = _core.ffi.cast("struct cn_session_entry *", base)[info.session]
         if entry.nonce != info.nonce:
-            return {"label": "", "attached_ns": 0}
-        label = _core.ffi.string(entry.label).decode("utf-8", "replace")
-        return {"label": label, "attached_ns": int(entry.attached_ns)}
+            return {"label": "", "attached_ns": 0, "lease_limit_bytes": 0, "over_limit": False}
+        return {
+            "label": _core.ffi.string(entry.label).decode("utf-8", "replace"),
+            "attached_ns": int(entry.attached_ns),
+            "lease_limit_bytes": int(entry.lease_limit_bytes),
+            # Our client library keeps the limit: this client is another one.
+            "over_limit": bool(info.leased_bytes > entry.lease_limit_bytes),
+        }
 
     # ---- sessions -------------------------------------------------------------------------------
 

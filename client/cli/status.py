@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NAMESPACES_SHOWN: Final = 20
 SESSIONS_SHOWN: Final = 40
+NO_LIMIT: Final = 2**64 - 1
 STOPPED: Final = ("stopped", "tracing-stop")
 
 
@@ -112,6 +113,7 @@ def _namespace(namespace: Namespace, counters: dict[str, int]) -> dict[str, Any]
 def _session(row: dict[str, Any], daemon_pid: int | None) -> dict[str, Any]:
     numbers = {key: int(value) for key, value in row.items() if isinstance(value, int)}
     pid, attached_ns = numbers.get("pid", 0), numbers.get("attached_ns", 0)
+    limit = numbers.get("lease_limit_bytes", NO_LIMIT)
     return {
         "session": numbers.get("session"),
         "state": SESSION_STATES.get(numbers.get("state", 0), "?"),
@@ -131,6 +133,8 @@ def _session(row: dict[str, Any], daemon_pid: int | None) -> dict[str, Any]:
         "misses": numbers.get("misses", 0),
         "hit_rate": rate(numbers.get("hits", 0), numbers.get("misses", 0)),
         "lease_refused": numbers.get("lease_refused", 0),
+        "lease_limit_bytes": limit if limit != NO_LIMIT else None,
+        "over_limit": bool(row.get("over_limit", False)),
     }
 
 
@@ -301,7 +305,7 @@ def _session_part(facts: dict[str, Any]) -> list[Any]:
             _percent(row["hit_rate"]),
             number(row["limbo_chunks"]),
             row["process_state"],
-            style="bold yellow" if row["process_state"] in STOPPED else "",
+            style="bold yellow" if row["process_state"] in STOPPED or row["over_limit"] else "",
         )
     return [made, *_more(len(rows) - SESSIONS_SHOWN, "sessions")]
 
@@ -320,6 +324,11 @@ def remarks(facts: dict[str, Any]) -> list[str]:
                 f"{who} is stopped and keeps {counted(row['leases'], 'lease')} and "
                 f"{size(row['leased_bytes'] + row['granted_bytes'])}: continue it with "
                 f"`kill -CONT {row['pid']}`, or end it"
+            )
+        if row["over_limit"]:
+            said.append(
+                f"{who} leases {size(row['leased_bytes'])} and may lease "
+                f"{size(row['lease_limit_bytes'])}: its client does not keep the limit; end it"
             )
         if row["limbo_chunks"]:
             said.append(

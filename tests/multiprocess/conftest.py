@@ -86,6 +86,13 @@ class Raw:
         assert lib.cn_keys_op(self.client, *op) == lib.CN_OK
         return int(done[0])
 
+    @property
+    def lease_words(self) -> Any:
+        """Its lease table, as uint64_t[]: each word that names a chunk holds it."""
+        head = ffi.cast("char *", lib.cn_client_session(self.client))
+        stock_bytes = lib.CN_STOCK_ROWS * ffi.sizeof("struct cn_stock_row")
+        return ffi.cast("uint64_t *", head + ffi.sizeof("struct cn_session_head") + stock_bytes)
+
     def find(self, key: bytes) -> int | None:
         """Return the reference of the chunk under *key*, read from the catalog."""
         d, chunk = ffi.new("uint32_t *"), ffi.new("struct cn_chunk *")

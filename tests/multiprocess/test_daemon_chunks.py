@@ -13,6 +13,7 @@ import msgpack
 import pytest
 
 from cenote._native import _core
+from cenote.client.cli.main import main
 from cenote.shm.manifest import canonical, namespace_id
 from cenote.shm.session import attach
 from cenote.shm.wire import Channel, Refusal
@@ -79,6 +80,44 @@ def test_a_tenant_has_its_salt(cenoted: Callable[..., Any], tmp_path: Path) -> N
 
     assert opened["namespace_id"] == namespace_id(canonical(MANIFEST), bytes(range(32)))
     assert opened["namespace_id"] != namespace_id(canonical(MANIFEST))
+
+
+# ---- lease limits ------------------------------------------------------------------------------
+
+
+def test_a_reader_above_its_limit_is_named(
+    cenoted: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    The limit is kept by the client library alone: a reader that writes its lease table itself is
+    seen to lease more, in the sessions' rows, in `cenote status` and in one line of the log.
+    """
+    daemon = cenoted(size="16MiB")
+    writer, reader = daemon.raw("writer", "maker"), daemon.raw("reader", "hog")
+    key = os.urandom(32)
+    writer.commit(writer.reserve(2**20), key, 2**20)
+
+    def look() -> dict[str, tuple[int, bool]]:
+        rows = writer.channel.request("sessions").body["sessions"]
+        return {row["label"]: (row["leased_bytes"] >> 20, row["over_limit"]) for row in rows}
+
+    for slot in range(4):
+        reader.lease_words[slot] = writer.find(key)
+    assert look() == {"maker": (0, False), "hog": (4, False)}
+    reader.lease_words[4] = writer.find(key)
+    assert look() == look() == {"maker": (0, False), "hog": (5, True)}
+
+    assert main(["status", "--socket", str(daemon.socket)]) == 0
+    remark = f"process {os.getpid()} (hog) leases 5MiB and may lease 4MiB"
+    assert remark in " ".join(capsys.readouterr().out.split())
+    (line,) = daemon.events("reader_over_limit")
+    assert (line["pid"], line["leased_bytes"], line["limit_bytes"]) == (
+        os.getpid(),
+        5 << 20,
+        4 << 20,
+    )
+    reader.lease_words[4] = 0
+    assert look()["hog"] == (4, False)
 
 
 # ---- checksums ---------------------------------------------------------------------------------
