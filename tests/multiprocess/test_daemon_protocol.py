@@ -10,8 +10,6 @@ import resource
 import select
 import socket
 import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +31,6 @@ from cenote.shm.wire import (
     send_message,
 )
 
-OTHER_UID = 65_534
 SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 F_SEAL_FUTURE_WRITE = 0x10
 ACCESS = """
@@ -143,45 +140,6 @@ def test_admin_operations_need_an_admin(cenoted: Callable[..., Any]) -> None:
     assert admin.request("clear").body["dropped"] == 0
     assert "access" in admin.request("config").body["config"]
     assert "access" not in channel.request("config").body["config"]
-
-
-CLIENT_OF_ANOTHER_UID = """
-import os, socket, sys
-from cenote.shm.session import new_hello, parse_welcome, attach
-from cenote.shm.wire import Channel
-os.setgroups([]); os.setresgid({uid}, {uid}, {uid}); os.setresuid({uid}, {uid}, {uid})
-sock = socket.socket(socket.AF_UNIX); sock.connect(sys.argv[1])
-reply = Channel(sock).request("hello", new_hello("other", None, "other").fields())
-welcome, fds = parse_welcome(reply)
-for name in ("catalog", "r0.ro"):
-    try:
-        os.open(f"/proc/self/fd/{{fds[name]}}", os.O_RDWR)
-        sys.exit(f"{{name}} could be opened for writing")
-    except PermissionError:
-        pass
-mapping = attach(welcome, fds)
-print(welcome.role)
-"""
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_reader_of_another_user_reads_only(cenoted: Callable[..., Any]) -> None:
-    """Another uid in `readers` attaches, and cannot open anything again for writing."""
-    daemon = cenoted(config=ACCESS + f"readers = [{OTHER_UID}]\n")
-    os.chmod(daemon.socket.parent, 0o755)  # noqa: PTH101, S103 - pytest's folders are 0700
-    for folder in list(daemon.socket.parents)[1:3]:
-        folder.chmod(0o755)
-
-    script = CLIENT_OF_ANOTHER_UID.format(uid=OTHER_UID)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(daemon.socket)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-
-    assert (done.stdout.strip(), done.returncode) == ("reader", 0), done.stderr
 
 
 # ---- versions ----------------------------------------------------------------------------------
