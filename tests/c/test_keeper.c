@@ -209,6 +209,29 @@ static void a_batch_ends_at_the_first_absent_key(void)
     bed_close(&bed);
 }
 
+/* Eight sizes in turn: one extent of each, and beside them 1/64 of the pool (decision 0012). */
+static void a_stock_keeps_its_limit(void)
+{
+    struct bed bed = bed_open(64 * MIB, 4096, 512, "lru");
+    struct bed_session s = bed_attach(&bed, CN_ROLE_WRITER);
+    for (uint64_t n = 0; n < 120; n++)
+        CHECK_EQ(bed_put(&bed, s.client, n, (n % CN_STOCK_ROWS + 1) * 65536, NULL), CN_OK);
+    bed_settle(&bed);
+    uint64_t spare = 0;
+    for (uint32_t row = 0; row < CN_STOCK_ROWS; row++) {
+        uint32_t filled = 0;
+        for (uint32_t i = 0; i < CN_STOCK_SLOTS; i++)
+            filled += s.client->stock[row].slot[i] != 0;
+        CHECK(filled >= 1);
+        spare += (filled - 1) * s.client->stock[row].extent_bytes;
+    }
+    CHECK(spare <= 64 * MIB / 64);
+    bed_audit(&bed);
+    bed_kill(&bed, &s);
+    CHECK_EQ(bed.keeper->count.granted_bytes, 0);
+    bed_close(&bed);
+}
+
 static uint64_t frozen_ns(void) { return 1000000000u; }
 
 /* Half of a log is read though no record comes and nothing is evicted; not again at once. */
@@ -369,6 +392,7 @@ int main(void)
     RUN(sizes_change_and_slabs_follow);
     RUN(a_chain_stays_one_when_its_chunks_move);
     RUN(a_batch_ends_at_the_first_absent_key);
+    RUN(a_stock_keeps_its_limit);
     RUN(a_pure_reader_is_heard);
     RUN(a_full_lease_table_is_a_miss);
     RUN(nonsense_in_a_session_harms_only_its_owner);
