@@ -354,9 +354,9 @@ class PoolService:
             role = self.access.remaining(holder.peer, holder.role)
             if role == holder.role:
                 continue
-            holder.role = role  # for good: who gets the right back attaches anew
             if self.host.demote(holder.session, holder.nonce, role):
                 pids.append(holder.peer.pid)
+            holder.role = role  # for good: who gets the right back attaches anew
         if pids:
             log.info("sessions_demoted", pool=self.host.name, sessions=len(pids), pids=pids)
 
