@@ -71,6 +71,9 @@ class Attached(Protocol):
     def _lost(self) -> None:
         """The daemon is gone."""
 
+    def _rings(self) -> bool:
+        """Has its session a doorbell still?"""
+
     def _adopt(self, welcome: session.Welcome, mapping: session.Mapping, channel: Any) -> None:
         """A daemon is there again; use what it gave. May raise: then it is tried again."""
 
@@ -339,13 +342,17 @@ class Link:
             _links.discard(self)
 
     def _sleep_until_lost(self) -> None:
+        if self._bell.fileno() < 0:  # an os.closerange() took it
+            self._bell.close()
+            self._bell = _Bell()
         if self._stop.is_set():
             return  # close() came while we reconnected, and that may have taken its wake-up
         channel = self._channel
         if channel is None:
             return
         # A number that another thread closed and the kernel gave out again is woken by the bell.
-        while (bell := self._bell.fileno()) >= 0 and (wire_end := channel.fileno()) >= 0:
+        while self._audible() and (wire_end := channel.fileno()) >= 0:
+            bell = self._bell.fileno()
             poll = select.poll()
             poll.register(bell, select.POLLIN)
             poll.register(wire_end, select.POLLRDHUP)
@@ -355,6 +362,11 @@ class Link:
         with self._lock:
             if self._channel is not None and not self._stop.is_set():
                 self._channel.close()
+
+    def _audible(self) -> bool:
+        """Can we be woken, and can the pool's session wake its keeper?"""
+        pool = self._pool()
+        return self._bell.fileno() >= 0 and (pool is None or pool._rings())
 
     def _redial(self, backoff: Backoff) -> bool:
         """Try until a daemon is there (True) or the pool is closed or forgotten (False)."""

@@ -338,6 +338,9 @@ class Pool:
     def _lost(self) -> None:
         self._attachment.connected = False
 
+    def _rings(self) -> bool:
+        return self._attachment.handle.rings
+
     def _adopt(self, welcome: Welcome, mapping: SessionMapping, channel: Channel) -> None:
         """Change over to a new attachment: namespaces first, so that none is without one."""
         link = self._link

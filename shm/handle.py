@@ -201,6 +201,11 @@ class Handle(Generic[ChunkT, PutT]):
         return bool(_short.lib.cn_client_forked(self.client))
 
     @property
+    def rings(self) -> bool:
+        """Is the doorbell still ours? An os.closerange() of the engine takes it."""
+        return bool(_short.lib.cn_client_rings(self.client))
+
+    @property
     def retired(self) -> bool:
         """Has the daemon given this pool up?"""
         return bool(self.catalog.pool_state != _core.lib.CN_POOL_SERVING)

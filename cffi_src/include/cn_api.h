@@ -188,6 +188,8 @@ int cn_client_attach(const struct cn_attach *a, struct cn_client **ret_client, i
 void cn_client_detach(struct cn_client *client);
 /* No new leases or grants; views that live stay good. */
 void cn_client_close(struct cn_client *client);
+/* Can it still wake the keeper? No, once this process closed the doorbell under it. */
+bool cn_client_rings(struct cn_client *client);
 /* Is this process a forked child of the one that attached? (I13) */
 bool cn_client_forked(const struct cn_client *client);
 const void *cn_client_catalog(const struct cn_client *client);

@@ -177,6 +177,8 @@ void cn_client_close(struct cn_client *c)
     cn_wake_waiters(c);
 }
 
+bool cn_client_rings(struct cn_client *c) { return cn_is_forked(c) || cn_doorbell_is_ours(c); }
+
 bool cn_client_forked(const struct cn_client *c) { return cn_is_forked(c); }
 
 const void *cn_client_catalog(const struct cn_client *c) { return c->catalog_map.base; }

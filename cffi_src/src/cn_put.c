@@ -97,6 +97,8 @@ static int want_once(struct cn_client *c, uint64_t extent_bytes, struct cn_grant
     int status = cn_submit(c, &record, ANSWER_MS);
     if (status != CN_OK)
         return status;
+    if (!cn_doorbell_is_ours(c))
+        return CN_ECLOSED; /* nobody hears us: only a new session helps */
     status = cn_wait_until(c, want_answered, (uint64_t)(uintptr_t)&want, ANSWER_MS);
     if (take_from_stock(c, extent_bytes, ret_grant))
         return CN_OK;

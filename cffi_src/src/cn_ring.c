@@ -52,7 +52,7 @@ bool cn_doorbell_is_ours(struct cn_client *c)
     if (fstat(c->doorbell_fd, &found) == 0 && found.st_dev == c->doorbell_dev &&
         found.st_ino == c->doorbell_ino)
         return true;
-    c->doorbell_fd = -1; /* the keeper looks by itself: its socket was closed, too */
+    c->doorbell_fd = -1; /* until the link makes a new session, only others wake the keeper */
     return false;
 }
 
@@ -177,7 +177,7 @@ submit_waiting(struct cn_client *c, const struct cn_record *record, uint32_t wai
         if (cn_wait_until(c, ring_has_room, tail, cn_left_ms(deadline_ns)) == CN_OK)
             continue;
         if (record->op == CN_OP_ABORT)
-            owe(c, record->grant);
+            owe(c, record->grant); /* waits for nobody: destructors end here, with the GIL */
         return CN_ERING;
     }
     cn_ring_doorbell(c);

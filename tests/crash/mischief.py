@@ -8,6 +8,7 @@ import os
 import random
 import select
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Final
 
@@ -75,6 +76,15 @@ def closer_of_everything(path: str, count: int, folder: str) -> None:
     with contextlib.suppress(CenoteError):
         cache.pool.stats()
     print(sum(os.fstat(file).st_size for file in files), flush=True)
+    if not sys.stdin.readline():
+        return
+    pause = threading.Event()
+    while not cache.pool.connected:  # its link makes a new session, once
+        pause.wait(0.01)
+    with cache.put(key_of(10**6), NBYTES, wait_ms=10_000) as w:
+        w.copy_from(bytes(NBYTES))
+    cache.flush(30.0)
+    print(cache.pool.reconnects, cache.match(key_of(10**6)), flush=True)
     for _ in sys.stdin:
         again = [cache.get(chunk.key) for chunk in held]
         print(same([chunk.memory for chunk in held]), sum(c is not None for c in again), flush=True)

@@ -145,6 +145,8 @@ def test_closing_all_descriptors_keeps_everything(
     child = spawn("closer_of_everything", daemon.socket, HELD, tmp_path)
     assert child.line() == str(HELD)
     assert child.line() == "0"
+    child.tell()
+    assert child.line() == "1 1"
     filled_around(daemon, child, books)
     child.tell()
     assert child.line() == "True 0"  # the bytes are right; the keys were deleted meanwhile

@@ -288,6 +288,7 @@ def bare_link() -> connections.Link:
     link._lock = threading.Lock()
     link._bell = connections._Bell()
     link._channel = None
+    link._pool = lambda: None  # type: ignore[assignment]  # a dead weak reference
     return link
 
 
@@ -296,6 +297,9 @@ class Mourner:
 
     def _lost(self) -> None:
         pass
+
+    def _rings(self) -> bool:
+        return True
 
     def _adopt(self, *_: object) -> None:
         raise AssertionError("nobody is to be found again")
