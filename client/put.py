@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from cenote.shm import handle as _handle
 from cenote.shm.transfer import as_buffer
 
+from . import tensors
 from .chunk import Token
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import DTypeLike, NDArray
 
 CHECKSUM_OFF: Final = "off"
 
@@ -28,14 +34,15 @@ class Put(_handle.Put):
             it does not fit, or is not contiguous, or the put is over.
         commit(): Hand the chunk over. The daemon links it soon; `flush()` waits until it has. If
             the key is there already, the newcomer is dropped without an error. BufferError: a view
-            of `memory` (an array, a slice) is still alive; nothing is committed, and the extent
-            returns when the last view has died. PoolGone: the daemon is gone, or the pool was
-            closed. Timeout: the submission ring stayed full. ValueError: the put is over.
+            of the memory (an array, a tensor, a slice) is still alive; nothing is committed, and
+            the extent returns when the last view has died. PoolGone: the daemon is gone, or the
+            pool was closed. Timeout: the submission ring stayed full. ValueError: the put is over.
         abort(): Give the extent back: the key stays absent. Does nothing when the put is over.
 
     Attributes:
         memory: The extent as writable memory of `nbytes` bytes, undefined until it is written.
-            Ends with the put (ValueError afterwards).
+            Ends with the put (ValueError afterwards). For a tensor use `tensor()`: one made with
+            torch.frombuffer(w.memory) is a view that commit() cannot see.
         address: Where it lies in this process, for adapters that hand pointers to C.
         nbytes: Length in bytes.
         key: The key that the chunk will have.
@@ -45,6 +52,19 @@ class Put(_handle.Put):
     """
 
     __slots__ = ()
+
+    def numpy(
+        self, dtype: DTypeLike = "uint8", shape: int | Sequence[int] | None = None
+    ) -> NDArray[Any]:
+        """Return a writable array over the extent; it must be gone before commit()."""
+        return tensors.writable_array(self.memory, dtype, shape)
+
+    def tensor(
+        self, dtype: torch.dtype | str = "uint8", shape: int | Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Return a tensor over the extent, without a copy; it must be gone before commit()."""
+        memory = self.memory
+        return tensors.writable_tensor(self.address, memory, dtype, shape)
 
     @property
     def token(self) -> bytes:

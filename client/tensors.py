@@ -64,20 +64,51 @@ def tensor_of(
     """Return a tensor over the chunk, or over a private copy of it; see `Chunk.tensor`."""
     import torch
 
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(kind, torch.dtype):
-        raise TypeError(f"torch has no element type {dtype!r}")
+    kind = _torch_dtype(torch, dtype)
     _check_shape(lease.nbytes, kind.itemsize, shape, str(dtype))
     if copy:
         raw = torch.empty(lease.nbytes, dtype=torch.uint8)
         with lease.memory:
             copy_out(lease.address, lease.nbytes, raw)
     else:
-        # By way of bytes, because frombuffer does not know every type. torch has no read-only
-        # tensors and would warn about a read-only buffer; the mapping protects the bytes.
+        # torch has no read-only tensors and would warn about a read-only buffer; the mapping
+        # protects the bytes.
         raw = torch.frombuffer(writable_face(lease), dtype=torch.uint8)
-    values = raw.view(kind)
+    values = raw.view(kind)  # by way of bytes, because frombuffer does not know every type
     return values if shape is None else values.reshape(shape)
+
+
+def writable_array(
+    memory: memoryview, dtype: DTypeLike, shape: int | Sequence[int] | None
+) -> NDArray[Any]:
+    """Return a writable array over a put's memory; see `Put.numpy`."""
+    import numpy as np
+
+    kind = _numpy_dtype(np, dtype)
+    _check_shape(memory.nbytes, kind.itemsize, shape, str(dtype))
+    values: NDArray[Any] = np.frombuffer(memory, dtype=kind)
+    return values if shape is None else values.reshape(shape)
+
+
+def writable_tensor(
+    address: int, memory: memoryview, dtype: torch.dtype | str, shape: int | Sequence[int] | None
+) -> torch.Tensor:
+    """Return a tensor over a put's memory; see `Put.tensor`."""
+    import torch
+
+    kind = _torch_dtype(torch, dtype)
+    _check_shape(memory.nbytes, kind.itemsize, shape, str(dtype))
+    # torch keeps the object and lets its buffer go: a view of its own says that it is in use
+    face: Any = Span(address, memory.nbytes, memoryview(memory))
+    values = torch.frombuffer(face, dtype=torch.uint8).view(kind)
+    return values if shape is None else values.reshape(shape)
+
+
+def _torch_dtype(torch: Any, dtype: torch.dtype | str) -> torch.dtype:
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype):
+        raise TypeError(f"torch has no element type {dtype!r}")
+    return kind
 
 
 def writable_face(lease: Lease) -> Span:

@@ -94,7 +94,7 @@ def _tensor_bytes(tensor: Any) -> Any:
 
     if tensor.device.type != "cpu":
         raise ValueError(
-            f"the tensor lies on {tensor.device}: copy it into a tensor over .memory, and commit "
+            f"the tensor lies on {tensor.device}: copy it into w.tensor(), and commit "
             "after the copy's event"
         )
     if not tensor.is_contiguous():

@@ -5,8 +5,9 @@
  * A Python class cannot export a buffer before 3.12, and a view that outlives its lease is a wrong
  * byte. So the object that holds a lease is a small C type with the buffer protocol: slices, arrays
  * and tensors made from it keep it alive, and the last one to die clears the slot (I3). Calls keep
- * the GIL: they are shorter than giving it up. Destructors take no lock: they run in any thread,
- * inside other calls, at shutdown and in forked children, where they do nothing (I13).
+ * the GIL: they are shorter than giving it up. Destructors wait for nobody: they run in any
+ * thread, inside other calls, at shutdown and in forked children, where they do nothing (I13).
+ * Only the end of a put takes a lock, the ring's, which is held for a record's length.
  */
 #ifndef CN_LEASE_H
 #define CN_LEASE_H
@@ -59,6 +60,9 @@ typedef struct {
     bool ended;         /* committed or given back */
 } Extent;
 
+/* Only an open put has an extent. */
+enum { PUT_OPEN, PUT_COMMITTING, PUT_COMMITTED, PUT_ABORTED };
+
 typedef struct {
     PyObject_HEAD Extent *extent; /* NULL: the put is over */
     PyObject *memory;             /* the view that .memory lends, or NULL */
@@ -67,7 +71,8 @@ typedef struct {
     Client *client;
     struct cn_put record;
     uint32_t wait_ms;
-    bool committed;
+    uint32_t edits; /* copies begun: a CRC holds if none began since */
+    int state;
     bool lent; /* .memory was: whoever has it may write at any time, so no CRC of ours holds */
 } Put;
 

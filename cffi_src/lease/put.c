@@ -5,24 +5,38 @@
 
 static const char *state_of(const Put *self)
 {
-    if (self->extent != NULL)
-        return "open";
-    return self->committed ? "committed" : "aborted";
+    static const char *const names[] = {"open", "committing", "committed", "aborted"};
+    return names[self->state];
 }
 
 static int check_open(const Put *self, const char *but)
 {
-    if (self->extent != NULL)
+    if (self->state == PUT_OPEN)
         return 0;
     PyErr_Format(PyExc_ValueError, "this put is %s: %s", state_of(self), but);
     return -1;
 }
 
-/* The extent leaves the put. With views on it, it lives on until the last of them has died. */
-static void drop_extent(Put *self)
+/*
+ * The put is over, for everybody: said before any Python code runs, for a collector in it may call
+ * this put again. Returns the extent, which is the caller's now; the view that .memory lent is
+ * released. With other views on it the extent lives on until the last of them has died.
+ */
+static Extent *end_put(Put *self, int state)
 {
-    Py_CLEAR(self->memory);
-    Py_CLEAR(self->extent);
+    Extent *extent = self->extent;
+    PyObject *memory = self->memory;
+    self->state = state;
+    self->extent = NULL;
+    self->memory = NULL;
+    if (memory != NULL) {
+        PyObject *done = PyObject_CallMethod(memory, "release", NULL);
+        if (done == NULL)
+            PyErr_Clear(); /* a consumer of it lives: exports says so, too */
+        Py_XDECREF(done);
+        Py_DECREF(memory);
+    }
+    return extent;
 }
 
 static void put_dealloc(PyObject *object)
@@ -30,7 +44,8 @@ static void put_dealloc(PyObject *object)
     Put *self = (Put *)object;
     PyTypeObject *type = Py_TYPE(object);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-    drop_extent(self);
+    Py_CLEAR(self->memory);
+    Py_CLEAR(self->extent);
     Py_XDECREF(self->key);
     Py_XDECREF(self->parent);
     Py_XDECREF((PyObject *)self->client);
@@ -38,27 +53,16 @@ static void put_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
-/* End the view that .memory lent; 0 when nobody looks at the extent any more. */
-static int end_views(Put *self)
-{
-    if (self->memory != NULL) {
-        PyObject *done = PyObject_CallMethod(self->memory, "release", NULL);
-        if (done == NULL)
-            PyErr_Clear(); /* a consumer of it lives: exports says so, too */
-        Py_XDECREF(done);
-    }
-    return self->extent->exports == 0 ? 0 : -1;
-}
-
 static PyObject *put_abort(PyObject *object, PyObject *ignored)
 {
     Put *self = (Put *)object;
     (void)ignored;
-    if (self->extent == NULL)
+    if (self->state != PUT_OPEN)
         Py_RETURN_NONE;
-    if (end_views(self) == 0)
-        cn_extent_abort(self->extent);
-    drop_extent(self);
+    Extent *extent = end_put(self, PUT_ABORTED);
+    if (extent->exports == 0)
+        cn_extent_abort(extent);
+    Py_DECREF((PyObject *)extent);
     Py_RETURN_NONE;
 }
 
@@ -94,6 +98,7 @@ static PyObject *copy_buffer(Put *self, const Py_buffer *source, Py_ssize_t offs
                             "reserve as many as you have",
                             source->len, offset, room);
     bool whole = source->len == room && self->client->checksum != CHECKSUM_OFF;
+    uint32_t edit = ++self->edits;
     uint32_t crc = 0;
     self->record.flags &= ~(uint32_t)CN_RF_CRC;
     int status = (source->len < (Py_ssize_t)CN_KEEP_GIL_BELOW_BYTES ? copy_in : copy_in_unlocked)(
@@ -101,7 +106,7 @@ static PyObject *copy_buffer(Put *self, const Py_buffer *source, Py_ssize_t offs
     if (status != CN_OK)
         return cn_raise_error(status, PyUnicode_FromFormat("copy %zd bytes into pool %R",
                                                            source->len, self->client->pool));
-    if (whole && !self->lent) {
+    if (whole && !self->lent && edit == self->edits) {
         self->record.crc32c = crc;
         self->record.flags |= CN_RF_CRC;
     }
@@ -121,17 +126,26 @@ static int open_source(PyObject *self, PyObject *source, Py_buffer *ret_buffer)
 }
 
 static int copy_arguments(PyObject *const *args, Py_ssize_t nargs, PyObject *names,
-                          Py_ssize_t *ret_offset)
+                          PyObject **ret_source, Py_ssize_t *ret_offset)
 {
+    PyObject *given[2] = {nargs > 0 ? args[0] : NULL, nargs > 1 ? args[1] : NULL};
     Py_ssize_t named = names == NULL ? 0 : PyTuple_Size(names);
-    bool known =
-        named == 0 ||
-        (named == 1 && PyUnicode_CompareWithASCIIString(PyTuple_GetItem(names, 0), "offset") == 0);
-    if (nargs < 1 || nargs + named > 2 || !known) {
+    bool known = nargs <= 2;
+    for (Py_ssize_t i = 0; i < named && known; i++) {
+        PyObject *name = PyTuple_GetItem(names, i);
+        int at = PyUnicode_CompareWithASCIIString(name, "source") == 0   ? 0
+                 : PyUnicode_CompareWithASCIIString(name, "offset") == 0 ? 1
+                                                                         : -1;
+        known = at >= 0 && given[at] == NULL;
+        if (known)
+            given[at] = args[nargs + i];
+    }
+    if (!known || given[0] == NULL) {
         PyErr_SetString(PyExc_TypeError, "copy_from() takes a source and, perhaps, an offset");
         return -1;
     }
-    *ret_offset = nargs + named == 2 ? PyLong_AsSsize_t(args[1]) : 0;
+    *ret_source = given[0];
+    *ret_offset = given[1] == NULL ? 0 : PyNumber_AsSsize_t(given[1], PyExc_OverflowError);
     return *ret_offset == -1 && PyErr_Occurred() ? -1 : 0;
 }
 
@@ -139,11 +153,12 @@ static PyObject *put_copy_from(PyObject *object, PyObject *const *args, Py_ssize
                                PyObject *names)
 {
     Put *self = (Put *)object;
+    PyObject *source;
     Py_ssize_t offset;
     Py_buffer buffer;
-    if (copy_arguments(args, nargs, names, &offset) != 0 ||
+    if (copy_arguments(args, nargs, names, &source, &offset) != 0 ||
         check_open(self, "nothing can be copied into it any more") != 0 ||
-        open_source(object, args[0], &buffer) != 0)
+        open_source(object, source, &buffer) != 0)
         return NULL;
     PyObject *copied = NULL;
     if (check_open(self, "it ended while the source was looked at") == 0)
@@ -158,6 +173,7 @@ static PyObject *put_copy_from(PyObject *object, PyObject *const *args, Py_ssize
 static int checksum(Put *self)
 {
     Extent *extent = self->extent;
+    uint32_t edit = self->edits;
     int status;
     if (self->client->checksum != CHECKSUM_AT_COMMIT || (self->record.flags & CN_RF_CRC) != 0)
         return CN_OK;
@@ -167,7 +183,7 @@ static int checksum(Put *self)
         cn_guarded_crc32c(0, extent->grant.data, self->record.data_bytes, &self->record.crc32c);
     Py_END_ALLOW_THREADS extent->exports--;
     Py_DECREF((PyObject *)extent);
-    if (status == CN_OK)
+    if (status == CN_OK && edit == self->edits)
         self->record.flags |= CN_RF_CRC;
     return status;
 }
@@ -187,12 +203,24 @@ static int submit(Put *self)
 
 static PyObject *refuse_viewed(Put *self)
 {
-    drop_extent(self);
+    self->state = PUT_ABORTED;
     return PyErr_Format(PyExc_BufferError,
                         "a view of this put's memory is still alive, so that its %llu bytes could "
                         "change after the commit: delete arrays and slices first. Nothing was "
                         "committed",
                         (unsigned long long)self->record.data_bytes);
+}
+
+/* Hand an extent over that nobody looks at. No view of it can be made any more, for the GIL may go
+ * while the ring is full. */
+static int hand_over(Put *self, Extent *extent, int status)
+{
+    extent->ended = true;
+    if (status == CN_OK)
+        status = submit(self);
+    extent->ended = status == CN_OK; /* if not, it is given back as it dies */
+    self->state = status == CN_OK ? PUT_COMMITTED : PUT_ABORTED;
+    return status;
 }
 
 static PyObject *put_commit(PyObject *object, PyObject *ignored)
@@ -210,16 +238,13 @@ static PyObject *put_commit(PyObject *object, PyObject *ignored)
     int status = cn_client_forked(self->client->client) ? CN_EFORKED : checksum(self);
     if (check_open(self, "another thread ended it meanwhile") != 0)
         return NULL;
-    if (end_views(self) != 0)
-        return refuse_viewed(self);
-    Extent *extent = self->extent;
-    self->extent = NULL; /* from here on it is over for everybody */
-    Py_CLEAR(self->memory);
-    if (status == CN_OK)
-        status = submit(self);
-    extent->ended = status == CN_OK; /* if not, it is given back as it dies */
-    self->committed = status == CN_OK;
+    Extent *extent = end_put(self, PUT_COMMITTING);
+    bool viewed = extent->exports > 0;
+    if (!viewed)
+        status = hand_over(self, extent, status);
     Py_DECREF((PyObject *)extent);
+    if (viewed)
+        return refuse_viewed(self);
     if (status == CN_OK)
         Py_RETURN_NONE;
     return cn_raise_error(status,
@@ -230,7 +255,7 @@ static PyObject *put_exit(PyObject *object, PyObject *const *args, Py_ssize_t na
 {
     if (nargs > 0 && args[0] != Py_None)
         return put_abort(object, NULL);
-    if (((Put *)object)->extent != NULL)
+    if (((Put *)object)->state == PUT_OPEN)
         return put_commit(object, NULL);
     Py_RETURN_NONE;
 }
@@ -247,6 +272,8 @@ static PyObject *put_memory(PyObject *object, void *ignored)
         return cn_raise_status(CN_EFORKED);
     self->lent = true;
     self->record.flags &= ~(uint32_t)CN_RF_CRC;
+    if (self->memory != NULL && self->extent->exports == 0)
+        Py_CLEAR(self->memory); /* `with w.memory:` released it */
     if (self->memory == NULL)
         self->memory = PyMemoryView_FromObject((PyObject *)self->extent);
     return Py_XNewRef(self->memory);
@@ -258,6 +285,8 @@ static PyObject *put_address(PyObject *object, void *ignored)
     (void)ignored;
     if (check_open(self, "its memory is not yours any more") != 0)
         return NULL;
+    if (cn_client_forked(self->client->client))
+        return cn_raise_status(CN_EFORKED);
     self->lent = true;
     self->record.flags &= ~(uint32_t)CN_RF_CRC;
     return PyLong_FromVoidPtr(self->extent->grant.data);

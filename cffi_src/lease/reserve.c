@@ -29,6 +29,10 @@ static int number_of(PyObject *object, const char *name, long long least, long l
     long long number = PyLong_AsLongLongAndOverflow(object, &overflow);
     if (number == -1 && overflow == 0 && PyErr_Occurred())
         return -1;
+    if (overflow > 0 && most == INT64_MAX) {
+        overflow = 0; /* the core knows what is too much */
+        number = INT64_MAX;
+    }
     if (overflow == 0 && number >= least && number <= most) {
         *ret_number = number;
         return 0;

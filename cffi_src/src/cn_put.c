@@ -205,7 +205,8 @@ int cn_abort(struct cn_client *c, uint64_t ref)
     if (cn_is_forked(c))
         return CN_EFORKED;
     struct cn_record record = {.op = CN_OP_ABORT, .grant = ref};
-    return cn_submit(c, &record, ANSWER_MS);
+    int status = cn_submit(c, &record, 0);
+    return status == CN_ERING ? CN_OK : status; /* it goes with the next record */
 }
 
 static int put_one(struct cn_client *c, const struct cn_put_many *args, uint32_t i,

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeAlias
 
-from cenote.client import connect
+from cenote.client import Put, connect
 from cenote.client.errors import CenoteError, ChunkLost
 from cenote.client.keys import KEY_BYTES, chain
 
@@ -350,20 +350,18 @@ class PrefixCache:
             key = keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]
             parent = keys[(i - 1) * KEY_BYTES : i * KEY_BYTES] if i else None
             with cache.put(key, self.chunk_bytes, parent, position=i, wait_ms=0) as put:
-                self._copy_in(put.memory, layers, i * self.chunk_tokens)
+                self._copy_in(put, layers, i * self.chunk_tokens)
             yield
 
-    def _copy_in(self, memory: memoryview, layers: list[Any], at: int) -> None:
+    def _copy_in(self, put: Put, layers: list[Any], at: int) -> None:
         """
         Copy a chunk's tokens from each layer into reserved memory of the pool.
 
         No tensor over the memory may live when this returns: the commit would refuse.
         """
-        import torch
-
         end = at + self.chunk_tokens
-        raw = torch.frombuffer(memory, dtype=torch.uint8)
-        target = raw.view(self.geometry.dtype).view(self.geometry.chunk_shape(self.chunk_tokens))
+        shape = self.geometry.chunk_shape(self.chunk_tokens)
+        target = put.tensor(self.geometry.dtype, shape)
         for i, layer in enumerate(layers):
             target[i, 0].copy_(layer.keys.detach()[0, :, at:end])
             target[i, 1].copy_(layer.values.detach()[0, :, at:end])

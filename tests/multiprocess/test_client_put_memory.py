@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -143,14 +144,88 @@ def test_address_is_where_a_device_writes(cache: Cache) -> None:
         _ = w.address
 
 
+@pytest.mark.parametrize("verb", ["commit", "abort"])
+def test_put_that_the_collector_ends(cache: Cache, verb: str) -> None:
+    """
+    Garbage whose finalizer ends the put while commit or abort run does no harm: one of them wins.
+    """
+
+    class Ender:
+        def __init__(self, put: Put) -> None:
+            self.put, self.me = put, self
+
+        def __del__(self) -> None:
+            self.put.abort()
+
+    thresholds = gc.get_threshold()
+    try:
+        for i in range(300):
+            put = cache.put(key_of(i), 4096)
+            put.memory[:4] = b"half"
+            Ender(put)  # garbage, a cycle
+            gc.set_threshold(1 + i % 7)
+            with contextlib.suppress(ValueError):
+                getattr(put, verb)()
+            gc.set_threshold(*thresholds)
+            assert put.state in {"committed", "aborted"}
+    finally:
+        gc.set_threshold(*thresholds)
+
+
+def test_memory_that_was_released_is_lent_again(cache: Cache) -> None:
+    """`with w.memory:` gives one view back, not the put's memory."""
+    with cache.put(key_of(1), 8) as w:
+        with w.memory as view:
+            view[:4] = b"abcd"
+        assert w.memory is w.memory
+        w.memory[4:] = b"efgh"
+
+    assert stored(cache, key_of(1)) == b"abcdefgh"
+
+
+def test_extent_gives_no_view_after_commit(cache: Cache) -> None:
+    """The object behind the memory, kept on the sly, gives no view once the put is over."""
+    with cache.put(key_of(1), 8) as w:
+        extent: Any = w.memory.obj
+        w.copy_from(b"abcdefgh")
+    with pytest.raises(ValueError, match="over"):
+        memoryview(extent)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["tensor", "numpy"])
+def test_living_tensor_stops_the_commit(cache: Cache, kind: str) -> None:
+    """A tensor or array over a put's memory is seen by commit; without it the bytes are stored."""
+    dtype = "bfloat16" if kind == "tensor" else "float32"
+    put = cache.put(key_of(1), 64)
+    values = getattr(put, kind)(dtype)
+    values[:] = 1
+    with pytest.raises(BufferError, match="Nothing was"):
+        put.commit()
+    values[:] = 2  # into an extent that is nobody's yet
+    del values
+
+    with cache.put(key_of(2), 64) as w:
+        values = getattr(w, kind)(dtype, (-1, 4))
+        values[:] = 3
+        expected = bytes(w.memory)
+        del values
+
+    assert stored(cache, key_of(1)) is None
+    assert stored(cache, key_of(2)) == expected
+
+
 def test_arguments_of_copy_from(cache: Cache) -> None:
     """It takes a source and an offset, by place or by name, and nothing else."""
     put: Any = cache.put(key_of(1), 16)
     assert put.copy_from(b"abcd", 12) == put.copy_from(b"abcd", offset=0) == 4
+    assert put.copy_from(source=b"abcd", offset=np.int64(8)) == 4
+    assert bytes(put.memory[8:]) == b"abcdabcd"
     for wrong in (put.copy_from, lambda: put.copy_from(b"a", 1, 2)):
         with pytest.raises(TypeError, match="offset"):
             wrong()
-    with pytest.raises(TypeError, match="offset"):
-        put.copy_from(b"a", ofset=1)
+    for wrong in (lambda: put.copy_from(b"a", ofset=1), lambda: put.copy_from(b"a", source=b"b")):
+        with pytest.raises(TypeError, match="offset"):
+            wrong()
     with pytest.raises(TypeError):
         put.copy_from(b"a", "1")

@@ -121,6 +121,8 @@ def test_checksums(mode: str) -> None:
 
 def test_too_large_and_full(host: MemoryHost, cache: Cache) -> None:
     """What can never fit is said at once; what does not fit now after the wait."""
+    with pytest.raises(ChunkTooLarge):
+        cache.put(key_of(1), 2**63)
     with pytest.raises(ChunkTooLarge, match="larger"):
         cache.put(key_of(1), 65 * 2**20)
     with pytest.raises(ChunkTooLarge):
