@@ -262,16 +262,27 @@ static PyObject *put_exit(PyObject *object, PyObject *const *args, Py_ssize_t na
 
 /* ---- what it knows -------------------------------------------------------- */
 
+/* Its memory may be given away: from now on whoever has it may write at any time, so that no CRC of
+ * ours holds. */
+static int lend(Put *self)
+{
+    if (check_open(self, "its memory is not yours any more") != 0)
+        return -1;
+    if (cn_client_forked(self->client->client)) {
+        cn_raise_status(CN_EFORKED);
+        return -1;
+    }
+    self->lent = true;
+    self->record.flags &= ~(uint32_t)CN_RF_CRC;
+    return 0;
+}
+
 static PyObject *put_memory(PyObject *object, void *ignored)
 {
     Put *self = (Put *)object;
     (void)ignored;
-    if (check_open(self, "its memory is not yours any more") != 0)
+    if (lend(self) != 0)
         return NULL;
-    if (cn_client_forked(self->client->client))
-        return cn_raise_status(CN_EFORKED);
-    self->lent = true;
-    self->record.flags &= ~(uint32_t)CN_RF_CRC;
     if (self->memory != NULL && self->extent->exports == 0)
         Py_CLEAR(self->memory); /* `with w.memory:` released it */
     if (self->memory == NULL)
@@ -283,13 +294,7 @@ static PyObject *put_address(PyObject *object, void *ignored)
 {
     Put *self = (Put *)object;
     (void)ignored;
-    if (check_open(self, "its memory is not yours any more") != 0)
-        return NULL;
-    if (cn_client_forked(self->client->client))
-        return cn_raise_status(CN_EFORKED);
-    self->lent = true;
-    self->record.flags &= ~(uint32_t)CN_RF_CRC;
-    return PyLong_FromVoidPtr(self->extent->grant.data);
+    return lend(self) == 0 ? PyLong_FromVoidPtr(self->extent->grant.data) : NULL;
 }
 
 static PyObject *put_state(PyObject *object, void *ignored)
