@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
 
 def opened(args: argparse.Namespace) -> Pool:
     """Attach as admin to the pool that was named, and to no other."""
-    if args.pool is not None and args.socket is None:
-        args.socket = common.socket_of_pool(args.pool)
     if args.socket is None:
-        # one that is gone: connect() would go on to another pool, which was not meant
+        # before the pool's name: another directory may have a pool of the same name
         args.socket = os.environ.get(paths.SOCKET_ENV) or None
+    if args.socket is None and args.pool is not None:
+        args.socket = common.socket_of_pool(args.pool)
     pool = common.open_pool(args, role="admin")
     if args.pool in (None, pool.name):
         return pool

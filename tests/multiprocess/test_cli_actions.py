@@ -148,6 +148,22 @@ def test_destroy_does_not_go_on_to_another_pool(
     assert prod.match([key_of(1)]) == 1
 
 
+def test_a_name_does_not_lead_past_the_named_socket(
+    daemon: Any, prod: Cache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    $CENOTE_SOCKET says which pool is meant, whatever pools of that name there are elsewhere.
+    """
+    monkeypatch.setenv("CENOTE_SOCKET", str(daemon.socket))
+
+    assert main(["destroy", "default", "--yes"]) == 2
+    assert daemon.pool in capsys.readouterr().err
+    assert prod.match([key_of(1)]) == 1
+    assert main(["clear", daemon.pool, "--yes"]) == 0
+    assert main(["destroy", daemon.pool, "--yes"]) == 0
+    assert daemon.wait() == 0
+
+
 def test_destroy_by_name_looks_where_daemons_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
