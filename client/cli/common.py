@@ -56,8 +56,8 @@ def parent_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--socket",
         metavar="PATH",
-        help=f"socket of the pool; default ${paths.SOCKET_ENV}, then your own default pool, then "
-        f"{paths.SERVICE_RUN_DIR}/{paths.DEFAULT_POOL}{paths.SOCKET_SUFFIX}",
+        help=f"socket of the pool; ${paths.SOCKET_ENV} if that is set, else your own default "
+        f"pool, then {paths.SERVICE_RUN_DIR}/{paths.DEFAULT_POOL}{paths.SOCKET_SUFFIX}",
     )
     parser.add_argument("--json", action="store_true", help="write JSON for programs")
     parser.add_argument(
@@ -166,13 +166,17 @@ def console() -> Console:
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
-    """Return an empty table; the columns in *right* hold numbers."""
+    """
+    Return an empty table; the columns in *right* hold numbers.
+
+    Where the terminal is narrow, text wraps: a number that is cut would be another number.
+    """
     from rich import box
     from rich.table import Table
 
     made = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
     for name in columns:
-        made.add_column(name, justify="right" if name in right else "left", no_wrap=True)
+        made.add_column(name, justify="right" if name in right else "left", no_wrap=name in right)
     return made
 
 
