@@ -351,8 +351,11 @@ class Link:
         if channel is None:
             return
         # A number that another thread closed and the kernel gave out again is woken by the bell.
-        while self._audible() and (wire_end := channel.fileno()) >= 0:
-            bell = self._bell.fileno()
+        while (
+            (bell := self._bell.fileno()) >= 0
+            and (wire_end := channel.fileno()) >= 0
+            and self._session_rings()
+        ):
             poll = select.poll()
             poll.register(bell, select.POLLIN)
             poll.register(wire_end, select.POLLRDHUP)
@@ -363,10 +366,10 @@ class Link:
             if self._channel is not None and not self._stop.is_set():
                 self._channel.close()
 
-    def _audible(self) -> bool:
-        """Can we be woken, and can the pool's session wake its keeper?"""
+    def _session_rings(self) -> bool:
+        """Can the pool's session wake its keeper?"""
         pool = self._pool()
-        return self._bell.fileno() >= 0 and (pool is None or pool._rings())
+        return pool is None or pool._rings()
 
     def _redial(self, backoff: Backoff) -> bool:
         """Try until a daemon is there (True) or the pool is closed or forgotten (False)."""
