@@ -105,7 +105,7 @@ class Chunk(_handle.Lease):
         Raises:
             ValueError: Type and shape do not take exactly the chunk's bytes, or it was released.
         """
-        return tensors.numpy_of(self, dtype, shape)
+        return tensors.array_over(self, self.nbytes, dtype, shape)
 
     def tensor(
         self,

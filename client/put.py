@@ -48,7 +48,7 @@ class Put(_handle.Put):
         key: The key that the chunk will have.
         position: Its place in its chain, 0xffffffff when that is unknown.
         reference: Descriptor and generation.
-        state: "open", "committed" or "aborted".
+        state: "open", "committing" (the ring is full), "committed" or "aborted".
     """
 
     __slots__ = ()
@@ -57,14 +57,15 @@ class Put(_handle.Put):
         self, dtype: DTypeLike = "uint8", shape: int | Sequence[int] | None = None
     ) -> NDArray[Any]:
         """Return a writable array over the extent; it must be gone before commit()."""
-        return tensors.writable_array(self.memory, dtype, shape)
+        return tensors.array_over(self.memory, self.nbytes, dtype, shape)
 
     def tensor(
         self, dtype: torch.dtype | str = "uint8", shape: int | Sequence[int] | None = None
     ) -> torch.Tensor:
         """Return a tensor over the extent, without a copy; it must be gone before commit()."""
-        memory = self.memory
-        return tensors.writable_tensor(self.address, memory, dtype, shape)
+        # The face holds a view: torch would let the buffer of `memory` go, unseen by commit().
+        face = _handle.Span(self.address, self.nbytes, memoryview(self.memory))
+        return tensors.tensor_over(face, self.nbytes, dtype, shape)
 
     @property
     def token(self) -> bytes:

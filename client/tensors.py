@@ -24,15 +24,14 @@ if TYPE_CHECKING:
 DLPACK_CPU: Final = (1, 0)  # kDLCPU, device 0
 
 
-def numpy_of(
-    lease: Lease, dtype: DTypeLike = "uint8", shape: int | Sequence[int] | None = None
+def array_over(
+    buffer: Any, nbytes: int, dtype: DTypeLike, shape: int | Sequence[int] | None
 ) -> NDArray[Any]:
-    """Return a read-only array over the chunk; see `Chunk.numpy`."""
+    """Return an array over *nbytes* of a buffer; see `Chunk.numpy` and `Put.numpy`."""
     import numpy as np
 
     kind = _numpy_dtype(np, dtype)
-    _check_shape(lease.nbytes, kind.itemsize, shape, str(dtype))
-    buffer: Any = lease  # numpy's stubs do not know the buffer protocol
+    _check_shape(nbytes, kind.itemsize, shape, str(dtype))
     values: NDArray[Any] = np.frombuffer(buffer, dtype=kind)
     return values if shape is None else values.reshape(shape)
 
@@ -62,45 +61,37 @@ def tensor_of(
     copy: bool = False,
 ) -> torch.Tensor:
     """Return a tensor over the chunk, or over a private copy of it; see `Chunk.tensor`."""
-    import torch
-
-    kind = _torch_dtype(torch, dtype)
-    _check_shape(lease.nbytes, kind.itemsize, shape, str(dtype))
-    if copy:
-        raw = torch.empty(lease.nbytes, dtype=torch.uint8)
-        with lease.memory:
-            copy_out(lease.address, lease.nbytes, raw)
-    else:
+    if not copy:
         # torch has no read-only tensors and would warn about a read-only buffer; the mapping
         # protects the bytes.
-        raw = torch.frombuffer(writable_face(lease), dtype=torch.uint8)
-    values = raw.view(kind)  # by way of bytes, because frombuffer does not know every type
-    return values if shape is None else values.reshape(shape)
+        return tensor_over(writable_face(lease), lease.nbytes, dtype, shape)
+    import torch
+
+    raw = torch.empty(lease.nbytes, dtype=torch.uint8)
+    with lease.memory:
+        copy_out(lease.address, lease.nbytes, raw)
+    return _shaped(raw, lease.nbytes, dtype, shape)
 
 
-def writable_array(
-    memory: memoryview, dtype: DTypeLike, shape: int | Sequence[int] | None
-) -> NDArray[Any]:
-    """Return a writable array over a put's memory; see `Put.numpy`."""
-    import numpy as np
-
-    kind = _numpy_dtype(np, dtype)
-    _check_shape(memory.nbytes, kind.itemsize, shape, str(dtype))
-    values: NDArray[Any] = np.frombuffer(memory, dtype=kind)
-    return values if shape is None else values.reshape(shape)
-
-
-def writable_tensor(
-    address: int, memory: memoryview, dtype: torch.dtype | str, shape: int | Sequence[int] | None
+def tensor_over(
+    face: Span, nbytes: int, dtype: torch.dtype | str, shape: int | Sequence[int] | None
 ) -> torch.Tensor:
-    """Return a tensor over a put's memory; see `Put.tensor`."""
+    """Return a tensor over *nbytes* of memory; torch keeps *face*, and lets its buffer go."""
+    import torch
+
+    raw = torch.frombuffer(face, dtype=torch.uint8)
+    return _shaped(raw, nbytes, dtype, shape)
+
+
+def _shaped(
+    raw: torch.Tensor, nbytes: int, dtype: torch.dtype | str, shape: int | Sequence[int] | None
+) -> torch.Tensor:
+    """By way of bytes, because frombuffer does not know every type."""
     import torch
 
     kind = _torch_dtype(torch, dtype)
-    _check_shape(memory.nbytes, kind.itemsize, shape, str(dtype))
-    # torch keeps the object and lets its buffer go: a view of its own says that it is in use
-    face: Any = Span(address, memory.nbytes, memoryview(memory))
-    values = torch.frombuffer(face, dtype=torch.uint8).view(kind)
+    _check_shape(nbytes, kind.itemsize, shape, str(dtype))
+    values = raw.view(kind)
     return values if shape is None else values.reshape(shape)
 
 
@@ -128,7 +119,9 @@ def dlpack_of(lease: Lease, *, max_version: tuple[int, int] | None, **options: A
     if max_version is None or max_version < (1, 0) or not _numpy_signals_read_only(np):
         face: Any = writable_face(lease)
         return np.frombuffer(face, dtype=np.uint8).__dlpack__()
-    return numpy_of(lease).__dlpack__(max_version=max_version, **options)
+    return array_over(lease, lease.nbytes, "uint8", None).__dlpack__(
+        max_version=max_version, **options
+    )
 
 
 def _numpy_signals_read_only(np: Any) -> bool:
