@@ -24,7 +24,7 @@ from .errors import ManifestMismatch, PoolGone, check, error_of
 from .identity import Peer, boot_id, signals_wait, start_ns
 from .manifest import diff, namespace_id, tenant_tag
 from .media import MediumObject, MediumSpec, ObjectName
-from .messages import ROLES
+from .messages import NO_LIMIT, ROLES
 from .pool_spec import PoolSpec, catalog_bytes, format_of, medium_name
 from .session import Mapping as SessionMapping
 from .session import Region, Welcome, attach, descriptor_names
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 VERSION: Final = "0.1.0"
 SERVER: Final = f"cenote/{VERSION}"
 SESSIONS_MAX: Final = _core.lib.CN_SESSIONS_MAX
-NO_LIMIT: Final = 2**64 - 1
 NOBODY: Final = 2**32 - 1
 SPIN_US: Final = 100
 

@@ -19,6 +19,7 @@ LABEL_MAX_BYTES: Final = 39
 NAME_MAX_BYTES: Final = 55
 MANIFEST_MAX_BYTES: Final = 3840
 
+NO_LIMIT: Final = 2**64 - 1  # bytes that a session may lease
 ROLES: Final = {"reader": 1, "writer": 2, "admin": 3}  # enum cn_role
 OPS: Final = frozenset(
     {

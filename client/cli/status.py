@@ -17,6 +17,7 @@ from cenote.client.pool import Pool
 from cenote.shm import units
 from cenote.shm.facts import Namespace, printable
 from cenote.shm.inspect import ROLE_NAMES, SESSION_STATES
+from cenote.shm.messages import NO_LIMIT
 
 from . import common
 from .common import counted, number, share, size
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 NAMESPACES_SHOWN: Final = 20
 SESSIONS_SHOWN: Final = 40
-NO_LIMIT: Final = 2**64 - 1
 STOPPED: Final = ("stopped", "tracing-stop")
 
 
