@@ -80,6 +80,32 @@ int cn_guarded_copy_in_crc32c(void *dst, const void *src, uint64_t bytes, uint32
 int cn_guarded_move(void *dst, const void *src, uint64_t bytes);
 int cn_guarded_crc32c(uint32_t crc, const void *src, uint64_t bytes, uint32_t *ret_crc);
 
+/* Pieces of the caller's memory that lie one behind the other in the pool. */
+struct cn_pieces {
+    const uint64_t *addresses;
+    const uint64_t *lengths;
+    uint64_t count;
+    uint64_t bytes; /* of all together: cn_pieces_bytes() */
+};
+
+/* The sum of all lengths. CN_OK, or CN_EINVAL: larger than any memory. */
+int cn_pieces_bytes(const uint64_t *lengths, uint64_t count, uint64_t *ret_bytes);
+
+/*
+ * Many pieces in one call: gather copies them to dst, scatter brings them back from src. Guarded
+ * like the above: dst of gather, src of scatter. Kernels are chosen and stores are fenced once.
+ *
+ * crc is NULL, or the CRC-32C of what stands before these bytes (0 at the beginning), which becomes
+ * that of both together: several calls, in order, make that of a whole. In scatter an address of 0
+ * is a piece that nobody wants: it is skipped, and counts in the CRC all the same.
+ *
+ * CN_OK, CN_ELOST, or CN_EINVAL: the lengths do not have pieces->bytes together, or gather has an
+ * address of 0, or a piece wraps around; *crc stays as it was. Another thread that writes to the
+ * arrays meanwhile spoils the bytes, and makes nothing of the pool beyond pieces->bytes change.
+ */
+int cn_guarded_gather(void *dst, const struct cn_pieces *pieces, uint32_t *crc);
+int cn_guarded_scatter(const struct cn_pieces *pieces, const void *src, uint32_t *crc);
+
 /*
  * The NUMA node that holds the page at addr; a page that has no memory yet gets it by this call.
  *

@@ -49,6 +49,8 @@ static uint32_t cn_plain_copy_crc32c(uint32_t crc, void *dst, const void *src, s
     return crc;
 }
 
+static void cn_plain_fence(void) { cn_fence_release(); }
+
 static const struct cn_copy_ops cn_ops_plain = {
     .name = "plain",
     .crc32c = cn_crc32c_table,
@@ -56,6 +58,9 @@ static const struct cn_copy_ops cn_ops_plain = {
     .copy_crc32c = cn_plain_copy_crc32c,
     .copy_out = cn_plain_copy_out,
     .copy_out_crc32c = cn_plain_copy_out_crc32c,
+    .stream_piece = cn_plain_copy_out,
+    .stream_piece_crc32c = cn_plain_copy_out_crc32c,
+    .fence = cn_plain_fence,
 };
 
 #if !defined(__x86_64__) && !defined(__aarch64__)

@@ -11,6 +11,7 @@
 #ifndef CN_COPY_H
 #define CN_COPY_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -34,7 +35,10 @@ enum cn_isa {
 #define CN_COPY_OUT_WALK_BYTES ((size_t)2 * 1024 * 1024)
 #define CN_COPY_OUT_NT_BYTES ((size_t)16 * 1024 * 1024)
 
-/* copy and copy_crc32c go into the pool; all four are fenced as said above. */
+/*
+ * copy and copy_crc32c go into the pool; the four copies are fenced as said above. The two pieces
+ * store past the cache whatever their length, and are not: who moves many of them calls fence once.
+ */
 struct cn_copy_ops {
     const char *name;
     uint32_t (*crc32c)(uint32_t crc, const void *data, size_t bytes);
@@ -42,6 +46,9 @@ struct cn_copy_ops {
     uint32_t (*copy_crc32c)(uint32_t crc, void *dst, const void *src, size_t bytes);
     void (*copy_out)(void *dst, const void *src, size_t bytes);
     uint32_t (*copy_out_crc32c)(uint32_t crc, void *dst, const void *src, size_t bytes);
+    void (*stream_piece)(void *dst, const void *src, size_t bytes);
+    uint32_t (*stream_piece_crc32c)(uint32_t crc, void *dst, const void *src, size_t bytes);
+    void (*fence)(void);
 };
 
 /* The kernels of one ISA, or NULL when this CPU (or this build) lacks it. */
@@ -61,5 +68,22 @@ uint32_t cn_copy_in_crc32c(void *dst, const void *src, size_t bytes);
  */
 void cn_copy_out(void *dst, const void *src, size_t bytes);
 uint32_t cn_copy_out_crc32c(void *dst, const void *src, size_t bytes);
+
+struct cn_pieces; /* cn_region.h */
+
+/* May these pieces be gathered, or (skips: addresses of 0 are allowed) scattered? */
+bool cn_pieces_sound(const struct cn_pieces *pieces, bool skips);
+/*
+ * Pieces of the caller's memory into the pool, one behind the other, and back. The length of all
+ * together, not of one, decides whether they go past the cache; one fence at the end. crc is NULL,
+ * or in and out.
+ *
+ * CN_OK, or CN_EINVAL when the arrays are not what cn_pieces_sound() saw: never a byte beyond
+ * pieces->bytes, whoever writes to them meanwhile.
+ */
+int cn_copy_gather(const struct cn_copy_ops *ops, void *dst, const struct cn_pieces *pieces,
+                   uint32_t *crc);
+int cn_copy_scatter(const struct cn_copy_ops *ops, const struct cn_pieces *pieces, const void *src,
+                    uint32_t *crc);
 
 #endif

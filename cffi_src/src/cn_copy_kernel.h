@@ -155,6 +155,19 @@ CN_TARGET static uint32_t CN_FN(copy_out_crc32c)(uint32_t crc, void *dst, const 
     return ~crc;
 }
 
+CN_TARGET static void CN_FN(stream_piece)(void *dst, const void *src, size_t bytes)
+{
+    (void)CN_FN(walk)(0, dst, src, bytes, false, CN_STORE_STREAM);
+}
+
+CN_TARGET static uint32_t CN_FN(stream_piece_crc32c)(uint32_t crc, void *dst, const void *src,
+                                                     size_t bytes)
+{
+    return ~CN_FN(walk)(~crc, dst, src, bytes, true, CN_STORE_STREAM);
+}
+
+static void CN_FN(fence)(void) { CN_STORE_FENCE(); }
+
 const struct cn_copy_ops CN_FN(ops) = {
     .name = CN_ISA_TEXT(CN_ISA),
     .crc32c = CN_FN(crc32c),
@@ -162,6 +175,9 @@ const struct cn_copy_ops CN_FN(ops) = {
     .copy_crc32c = CN_FN(copy_crc32c),
     .copy_out = CN_FN(copy_out),
     .copy_out_crc32c = CN_FN(copy_out_crc32c),
+    .stream_piece = CN_FN(stream_piece),
+    .stream_piece_crc32c = CN_FN(stream_piece_crc32c),
+    .fence = CN_FN(fence),
 };
 
 #undef CN_INLINE

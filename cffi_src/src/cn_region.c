@@ -236,6 +236,8 @@ enum cn_guarded_kind {
     CN_GUARDED_IN,
     CN_GUARDED_IN_CRC,
     CN_GUARDED_CRC,
+    CN_GUARDED_GATHER,
+    CN_GUARDED_SCATTER,
     CN_GUARDED_TOUCH
 };
 
@@ -247,6 +249,9 @@ struct cn_guarded_op {
     const void *src;
     size_t bytes;
     uint32_t crc; /* in and out */
+    const struct cn_pieces *pieces;
+    bool sum;   /* of the pieces */
+    int status; /* of the pieces */
 };
 
 /* A write to each page that changes nothing, also beside other writers. */
@@ -278,6 +283,13 @@ static void cn_guarded_act(struct cn_guarded_op *op)
         return;
     case CN_GUARDED_CRC:
         op->crc = cn_crc32c(op->crc, op->src, op->bytes);
+        return;
+    case CN_GUARDED_GATHER:
+        op->status = cn_copy_gather(cn_copy_best(), op->dst, op->pieces, op->sum ? &op->crc : NULL);
+        return;
+    case CN_GUARDED_SCATTER:
+        op->status =
+            cn_copy_scatter(cn_copy_best(), op->pieces, op->src, op->sum ? &op->crc : NULL);
         return;
     case CN_GUARDED_TOUCH:
         cn_touch_pages(op->dst, op->bytes);
@@ -361,6 +373,35 @@ int cn_guarded_crc32c(uint32_t crc, const void *src, uint64_t bytes, uint32_t *r
     struct cn_guarded_op op = {
         .kind = CN_GUARDED_CRC, .src_in_pool = true, .src = src, .bytes = bytes, .crc = crc};
     return cn_guarded_crc_run(&op, ret_crc);
+}
+
+static int cn_guarded_pieces_run(struct cn_guarded_op *op, uint32_t *crc)
+{
+    if (!cn_pieces_sound(op->pieces, op->kind == CN_GUARDED_SCATTER))
+        return CN_EINVAL;
+    op->bytes = op->pieces->bytes;
+    op->sum = crc != NULL;
+    op->crc = crc != NULL ? *crc : 0;
+    int rc = cn_guarded_run(op);
+    if (rc == CN_OK)
+        rc = op->status;
+    if (rc == CN_OK && crc != NULL)
+        *crc = op->crc;
+    return rc;
+}
+
+int cn_guarded_gather(void *dst, const struct cn_pieces *pieces, uint32_t *crc)
+{
+    struct cn_guarded_op op = {
+        .kind = CN_GUARDED_GATHER, .dst_in_pool = true, .dst = dst, .pieces = pieces};
+    return cn_guarded_pieces_run(&op, crc);
+}
+
+int cn_guarded_scatter(const struct cn_pieces *pieces, const void *src, uint32_t *crc)
+{
+    struct cn_guarded_op op = {
+        .kind = CN_GUARDED_SCATTER, .src_in_pool = true, .src = src, .pieces = pieces};
+    return cn_guarded_pieces_run(&op, crc);
 }
 
 /* ---- pre-touch ------------------------------------------------------------ */
