@@ -215,6 +215,8 @@ void cn_release_many(struct cn_client *client, const struct cn_view *views, uint
 /* The caller's metadata behind a leased chunk; *ret_bytes 0 when there is none. */
 int cn_view_meta(const struct cn_client *client, const struct cn_view *view, const void **ret_meta,
                  uint32_t *ret_bytes);
+/* The recorded CRC-32C of a leased chunk: CN_OK, or CN_EMISS when none is recorded. */
+int cn_view_crc32c(const struct cn_client *client, const struct cn_view *view, uint32_t *ret_crc);
 /* CRC of the bytes against the recorded one: CN_OK, CN_ELOST, CN_EMISS when none is recorded. */
 int cn_view_verify(const struct cn_client *client, const struct cn_view *view);
 

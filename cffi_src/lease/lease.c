@@ -124,6 +124,23 @@ static PyObject *lease_meta(PyObject *object, void *ignored)
     return PyBytes_FromStringAndSize(meta, bytes);
 }
 
+/* None: there is none, or there is none yet. */
+static PyObject *lease_crc32c(PyObject *object, void *ignored)
+{
+    Lease *self = (Lease *)object;
+    uint32_t crc;
+    (void)ignored;
+    if (self->client == NULL) {
+        PyErr_SetString(PyExc_ValueError, "the chunk was released");
+        return NULL;
+    }
+    if (cn_client_forked(self->client))
+        return cn_raise_status(CN_EFORKED);
+    if (cn_view_crc32c(self->client, &self->view, &crc) == CN_OK)
+        return PyLong_FromUnsignedLong(crc);
+    Py_RETURN_NONE;
+}
+
 static Py_ssize_t lease_length(PyObject *object)
 {
     return (Py_ssize_t)((Lease *)object)->view.bytes;
@@ -221,6 +238,8 @@ static PyGetSetDef lease_getset[] = {
     {"address", lease_address, NULL, "Address of the first byte in this process.", NULL},
     {"flags", lease_flags, NULL, "Flags of the chunk when it was leased.", NULL},
     {"meta", lease_meta, NULL, "The writer's opaque metadata, b'' if there is none.", NULL},
+    {"crc32c", lease_crc32c, NULL, "The recorded CRC-32C of the bytes, None if there is none.",
+     NULL},
     {"owner", lease_owner, NULL, "What keeps the mapping alive.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -27,7 +27,7 @@ int cn_view_meta(const struct cn_client *c, const struct cn_view *view, const vo
     return CN_OK;
 }
 
-int cn_view_verify(const struct cn_client *c, const struct cn_view *view)
+int cn_view_crc32c(const struct cn_client *c, const struct cn_view *view, uint32_t *ret_crc)
 {
     uint32_t d = cn_ref_d(view->ref);
     if (d >= c->catalog.chunk_count)
@@ -35,8 +35,17 @@ int cn_view_verify(const struct cn_client *c, const struct cn_view *view)
     const struct cn_chunk *chunk = &c->catalog.chunks[d];
     if ((cn_word_flags(cn_load_acquire(&chunk->word)) & CN_CF_CRC) == 0)
         return CN_EMISS;
-    uint32_t recorded = (uint32_t)(cn_load_relaxed(&chunk->size_crc) >> 32);
+    *ret_crc = (uint32_t)(cn_load_relaxed(&chunk->size_crc) >> 32);
+    return CN_OK;
+}
+
+int cn_view_verify(const struct cn_client *c, const struct cn_view *view)
+{
+    uint32_t recorded;
     uint32_t crc;
+    int status = cn_view_crc32c(c, view, &recorded);
+    if (status != CN_OK)
+        return status;
     if (cn_guarded_crc32c(0, view->data, view->bytes, &crc) != CN_OK)
         return CN_ELOST;
     return crc == recorded ? CN_OK : CN_ELOST;
