@@ -31,7 +31,11 @@ class Put(_handle.Put):
     Methods:
         copy_from(source, offset=0): Copy a buffer, array or CPU tensor to *offset*, making its CRC
             in the same pass. Large copies release the GIL. Returns the number of bytes. ValueError:
-            it does not fit, or is not contiguous, or the put is over.
+            it does not fit, or is not contiguous, or the put is over. Several copies make the CRC
+            together when each begins where the one before ended, from 0 to the end.
+        copy_pieces(addresses, lengths, offset=0): Copy pieces of memory to *offset*, one behind the
+            other, in one call. Both are an array('Q'), or another buffer of unsigned 64-bit
+            numbers. Otherwise as copy_from. ValueError also: an address is 0.
         commit(): Hand the chunk over. The daemon links it soon; `flush()` waits until it has. If
             the key is there already, the newcomer is dropped without an error. BufferError: a view
             of the memory (an array, a tensor, a slice) is still alive; nothing is committed, and

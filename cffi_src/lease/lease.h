@@ -71,7 +71,9 @@ typedef struct {
     Client *client;
     struct cn_put record;
     uint32_t wait_ms;
-    uint32_t edits; /* copies begun: a CRC holds if none began since */
+    uint32_t edits;      /* copies begun: a CRC holds if none began since */
+    uint32_t summed_crc; /* of the first summed bytes, which copies filled one behind the other */
+    Py_ssize_t summed;
     int state;
     bool lent; /* .memory was: whoever has it may write at any time, so no CRC of ours holds */
 } Put;
@@ -93,6 +95,14 @@ extern PyType_Spec cn_extent_spec;
 extern PyType_Spec cn_put_spec;
 extern PyType_Spec cn_span_spec;
 extern PyType_Spec cn_client_spec;
+
+/* 0, or -1 with a ValueError that says in which state the put is, and what cannot be done. */
+int cn_put_check_open(const Put *self, const char *but);
+/* Methods of Put: what fills it. */
+PyObject *cn_put_copy_from(PyObject *object, PyObject *const *args, Py_ssize_t nargs,
+                           PyObject *names);
+PyObject *cn_put_copy_pieces(PyObject *object, PyObject *const *args, Py_ssize_t nargs,
+                             PyObject *names);
 
 /* Nobody writes to it any more: it goes back now, not when it dies. */
 void cn_extent_abort(Extent *self);

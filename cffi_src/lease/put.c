@@ -9,7 +9,7 @@ static const char *state_of(const Put *self)
     return names[self->state];
 }
 
-static int check_open(const Put *self, const char *but)
+int cn_put_check_open(const Put *self, const char *but)
 {
     if (self->state == PUT_OPEN)
         return 0;
@@ -64,107 +64,6 @@ static PyObject *put_abort(PyObject *object, PyObject *ignored)
         cn_extent_abort(extent);
     Py_DECREF((PyObject *)extent);
     Py_RETURN_NONE;
-}
-
-static int copy_in(Extent *extent, Py_ssize_t offset, const Py_buffer *source, uint32_t *ret_crc)
-{
-    void *target = (uint8_t *)extent->grant.data + offset;
-    uint64_t bytes = (uint64_t)source->len;
-    return ret_crc == NULL ? cn_guarded_copy_in(target, source->buf, bytes)
-                           : cn_guarded_copy_in_crc32c(target, source->buf, bytes, ret_crc);
-}
-
-/* Long copies let other threads run; the extent stays, whatever they do to this put. */
-static int copy_in_unlocked(Extent *extent, Py_ssize_t offset, const Py_buffer *source,
-                            uint32_t *ret_crc)
-{
-    int status;
-    Py_INCREF((PyObject *)extent);
-    extent->exports++;
-    Py_BEGIN_ALLOW_THREADS status = copy_in(extent, offset, source, ret_crc);
-    Py_END_ALLOW_THREADS extent->exports--;
-    Py_DECREF((PyObject *)extent);
-    return status;
-}
-
-static PyObject *copy_buffer(Put *self, const Py_buffer *source, Py_ssize_t offset)
-{
-    Py_ssize_t room = (Py_ssize_t)self->record.data_bytes;
-    if (cn_client_forked(self->client->client))
-        return cn_raise_status(CN_EFORKED); /* the region is not mapped here (I13) */
-    if (offset < 0 || source->len > room || offset > room - source->len)
-        return PyErr_Format(PyExc_ValueError,
-                            "%zd bytes at offset %zd do not fit into the %zd bytes of this put: "
-                            "reserve as many as you have",
-                            source->len, offset, room);
-    bool whole = source->len == room && self->client->checksum != CHECKSUM_OFF;
-    uint32_t edit = ++self->edits;
-    uint32_t crc = 0;
-    self->record.flags &= ~(uint32_t)CN_RF_CRC;
-    int status = (source->len < (Py_ssize_t)CN_KEEP_GIL_BELOW_BYTES ? copy_in : copy_in_unlocked)(
-        self->extent, offset, source, whole ? &crc : NULL);
-    if (status != CN_OK)
-        return cn_raise_error(status, PyUnicode_FromFormat("copy %zd bytes into pool %R",
-                                                           source->len, self->client->pool));
-    if (whole && !self->lent && edit == self->edits) {
-        self->record.crc32c = crc;
-        self->record.flags |= CN_RF_CRC;
-    }
-    return PyLong_FromSsize_t(source->len);
-}
-
-/* The plain buffer of source, or of what _buffer_of() makes of it (tensors, bfloat16 arrays). */
-static int open_source(PyObject *self, PyObject *source, Py_buffer *ret_buffer)
-{
-    if (PyObject_GetBuffer(source, ret_buffer, PyBUF_SIMPLE) == 0)
-        return 0;
-    PyErr_Clear();
-    PyObject *plain = PyObject_CallMethod(self, "_buffer_of", "O", source);
-    int failed = plain == NULL ? -1 : PyObject_GetBuffer(plain, ret_buffer, PyBUF_SIMPLE);
-    Py_XDECREF(plain);
-    return failed;
-}
-
-static int copy_arguments(PyObject *const *args, Py_ssize_t nargs, PyObject *names,
-                          PyObject **ret_source, Py_ssize_t *ret_offset)
-{
-    PyObject *given[2] = {nargs > 0 ? args[0] : NULL, nargs > 1 ? args[1] : NULL};
-    Py_ssize_t named = names == NULL ? 0 : PyTuple_Size(names);
-    bool known = nargs <= 2;
-    for (Py_ssize_t i = 0; i < named && known; i++) {
-        PyObject *name = PyTuple_GetItem(names, i);
-        int at = PyUnicode_CompareWithASCIIString(name, "source") == 0   ? 0
-                 : PyUnicode_CompareWithASCIIString(name, "offset") == 0 ? 1
-                                                                         : -1;
-        known = at >= 0 && given[at] == NULL;
-        if (known)
-            given[at] = args[nargs + i];
-    }
-    if (!known || given[0] == NULL) {
-        PyErr_SetString(PyExc_TypeError, "copy_from() takes a source and, perhaps, an offset");
-        return -1;
-    }
-    *ret_source = given[0];
-    *ret_offset = given[1] == NULL ? 0 : PyNumber_AsSsize_t(given[1], PyExc_OverflowError);
-    return *ret_offset == -1 && PyErr_Occurred() ? -1 : 0;
-}
-
-static PyObject *put_copy_from(PyObject *object, PyObject *const *args, Py_ssize_t nargs,
-                               PyObject *names)
-{
-    Put *self = (Put *)object;
-    PyObject *source;
-    Py_ssize_t offset;
-    Py_buffer buffer;
-    if (copy_arguments(args, nargs, names, &source, &offset) != 0 ||
-        check_open(self, "nothing can be copied into it any more") != 0 ||
-        open_source(object, source, &buffer) != 0)
-        return NULL;
-    PyObject *copied = NULL;
-    if (check_open(self, "it ended while the source was looked at") == 0)
-        copied = copy_buffer(self, &buffer, offset);
-    PyBuffer_Release(&buffer);
-    return copied;
 }
 
 /* ---- committing ----------------------------------------------------------- */
@@ -227,7 +126,7 @@ static PyObject *put_commit(PyObject *object, PyObject *ignored)
 {
     Put *self = (Put *)object;
     (void)ignored;
-    if (check_open(self, "it cannot be committed any more") != 0)
+    if (cn_put_check_open(self, "it cannot be committed any more") != 0)
         return NULL;
     if (!self->client->accepting) {
         Py_XDECREF(put_abort(object, NULL));
@@ -236,7 +135,7 @@ static PyObject *put_commit(PyObject *object, PyObject *ignored)
                                              self->client->pool));
     }
     int status = cn_client_forked(self->client->client) ? CN_EFORKED : checksum(self);
-    if (check_open(self, "another thread ended it meanwhile") != 0)
+    if (cn_put_check_open(self, "another thread ended it meanwhile") != 0)
         return NULL;
     Extent *extent = end_put(self, PUT_COMMITTING);
     bool viewed = extent->exports > 0;
@@ -266,7 +165,7 @@ static PyObject *put_exit(PyObject *object, PyObject *const *args, Py_ssize_t na
  * ours holds. */
 static int lend(Put *self)
 {
-    if (check_open(self, "its memory is not yours any more") != 0)
+    if (cn_put_check_open(self, "its memory is not yours any more") != 0)
         return -1;
     if (cn_client_forked(self->client->client)) {
         cn_raise_status(CN_EFORKED);
@@ -334,8 +233,10 @@ static PyObject *put_owner(PyObject *object, void *ignored)
 }
 
 static PyMethodDef put_methods[] = {
-    {"copy_from", CN_FAST(put_copy_from), METH_FASTCALL | METH_KEYWORDS,
+    {"copy_from", CN_FAST(cn_put_copy_from), METH_FASTCALL | METH_KEYWORDS,
      "copy_from(source, offset=0) -> bytes copied. Makes the CRC in the same pass."},
+    {"copy_pieces", CN_FAST(cn_put_copy_pieces), METH_FASTCALL | METH_KEYWORDS,
+     "copy_pieces(addresses, lengths, offset=0) -> bytes copied. Gathers memory at addresses."},
     {"commit", put_commit, METH_NOARGS, "Hand the chunk to the keeper."},
     {"abort", put_abort, METH_NOARGS, "Give the extent back; the key stays absent."},
     {"__enter__", cn_lease_enter, METH_NOARGS, NULL},
