@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from cenote.shm import handle as _handle
-from cenote.shm.transfer import copy_out
+from cenote.shm.transfer import Pieces, copy_out
 
 from . import tensors
 from .errors import ChunkLost, ForkedChild
@@ -67,6 +67,7 @@ class Chunk(_handle.Lease):
         meta: What the writer stored beside it, b"" when nothing.
         address: Where the bytes lie in this process, for adapters that hand pointers to C.
         ref: Descriptor and generation: names these bytes in this pool, never others.
+        crc32c: The recorded CRC-32C of the bytes; None when none is recorded (yet).
     """
 
     __slots__ = ()
@@ -138,6 +139,52 @@ class Chunk(_handle.Lease):
         with self.memory:
             copy_out(self.address, self.nbytes, target)
 
+    def copy_pieces_to(
+        self, addresses: Any, lengths: Any, offset: int = 0, *, verify: bool = False
+    ) -> bool:
+        """
+        Copy the pieces that stand one behind the other in the chunk to where they belong.
+
+        One call into C for all of them; large copies let other threads run. The addresses are
+        taken on trust, as everywhere in C.
+
+        Args:
+            addresses: Where each piece goes, 0 for one that is not wanted: an array('Q'), or
+                another buffer of unsigned 64-bit numbers.
+            lengths: How long each piece is, the unwanted ones too.
+            offset: Where in the chunk the first of them begins.
+            verify: Make the CRC-32C in the same pass and compare it; the pieces must be the whole
+                chunk.
+
+        Returns:
+            True when a checksum was compared, False when none was: not asked for, or not recorded.
+
+        Raises:
+            ChunkLost: The checksums differ: what was copied is not what was stored. Or the medium
+                failed.
+            ValueError: The pieces do not fit into the chunk, or with *verify* are not all of it;
+                the arrays are no such numbers; the chunk was released.
+        """
+        if _handle.is_forked(self.owner):
+            raise ForkedChild("this chunk belongs to the parent process: connect in the child")
+        pieces = Pieces(addresses, lengths)
+        if offset < 0 or offset + pieces.nbytes > self.nbytes:
+            raise ValueError(
+                f"{pieces.nbytes} bytes at offset {offset} do not lie within the {self.nbytes} "
+                "bytes of this chunk: ask for those that it has"
+            )
+        if verify and pieces.nbytes != self.nbytes:
+            raise ValueError(
+                f"the pieces have {pieces.nbytes} of the chunk's {self.nbytes} bytes, and its "
+                "checksum is that of all: give all pieces (address 0: not wanted), or no verify"
+            )
+        with self.memory:  # the lease, for as long as it takes
+            recorded = self.crc32c if verify else None
+            crc = pieces.copy_from(self.address + offset, None if recorded is None else 0)
+        if crc != recorded:
+            raise self._lost()
+        return recorded is not None
+
     def verify(self) -> bool:
         """
         Compare the bytes with the recorded CRC-32C.
@@ -152,11 +199,14 @@ class Chunk(_handle.Lease):
         """
         agree = super().verify()
         if agree is False:
-            raise ChunkLost(
-                f"chunk {self.ref:#x} does not have the bytes that were stored: compute it again, "
-                "see with `cenote status` how many there are, and report it"
-            )
+            raise self._lost()
         return agree is True
+
+    def _lost(self) -> ChunkLost:
+        return ChunkLost(
+            f"chunk {self.ref:#x} does not have the bytes that were stored: compute it again, "
+            "see with `cenote status` how many there are, and report it"
+        )
 
     def __dlpack__(
         self,

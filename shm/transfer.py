@@ -118,6 +118,100 @@ def copy_out(address: int, nbytes: int, target: Any) -> None:
     _check_copy(_lib_for(nbytes).cn_guarded_copy_out(at, source, nbytes))
 
 
+class Pieces:
+    """
+    Pieces of memory, as the C core wants them: an array of addresses and one of lengths.
+
+    An address of 0 is a piece that nobody wants. What lies at the others is the caller's: it must
+    be memory of that length for as long as it is copied to.
+
+    Args:
+        addresses: An array('Q'), a uint64 array, or another buffer of one dimension of unsigned
+            numbers of 64 bits.
+        lengths: The same, of as many.
+
+    Raises:
+        TypeError: One of them has no buffer.
+        ValueError: Other numbers, not as many of both, or lengths that overflow together.
+    """
+
+    __slots__ = ("_at", "_keep", "count", "nbytes")
+
+    def __init__(self, addresses: Any, lengths: Any) -> None:
+        at, bytes_at = _numbers(addresses, "addresses"), _numbers(lengths, "lengths")
+        self.count = len(at)
+        if len(bytes_at) != self.count:
+            raise ValueError(
+                f"there are {self.count} addresses and {len(bytes_at)} lengths: give a length for "
+                "each"
+            )
+        total = _ffi.new("uint64_t *")
+        if _short.lib.cn_pieces_bytes(bytes_at, self.count, total) != _lib.CN_OK:
+            raise ValueError(
+                f"the {self.count} lengths are together larger than any memory: look at what they "
+                "count"
+            )
+        self.nbytes = int(total[0])
+        self._at = _ffi.new("struct cn_pieces *", (at, bytes_at, self.count, self.nbytes))
+        self._keep = (at, bytes_at)
+
+    def copy_from(self, address: int, crc: int | None) -> int | None:
+        """Fill them with what lies at *address* of the pool; see scatter()."""
+        summed = _ffi.NULL if crc is None else _ffi.new("uint32_t *", crc)
+        source = _ffi.cast("void *", address)
+        status = _lib_for(self.nbytes).cn_guarded_scatter(self._at, source, summed)
+        if status == _lib.CN_EINVAL:
+            raise ValueError(
+                f"one of {self.count} pieces ends beyond all memory, or the arrays changed during "
+                "the call: take nothing of them for copied"
+            )
+        _check_copy(status)
+        return None if crc is None else int(summed[0])
+
+
+def _numbers(obj: Any, name: str) -> CData:
+    """Return the unsigned 64-bit numbers of *obj* as a C array that keeps them."""
+    try:
+        view = memoryview(obj)
+    except TypeError:
+        raise TypeError(
+            f"{name} is a {type(obj).__name__}, which has no buffer: give an array('Q') or a "
+            "uint64 array"
+        ) from None
+    unsigned = view.itemsize == 8 and view.format.lstrip("@=<") in {"Q", "L"}  # ctypes says <L
+    if not unsigned or view.ndim != 1 or not view.c_contiguous:
+        raise ValueError(
+            f"{name} has {view.ndim} dimensions of format {view.format!r}, strides {view.strides}: "
+            "give one contiguous dimension of unsigned numbers of 64 bits, as an array('Q') or a "
+            "uint64 array"
+        )
+    at = _ffi.from_buffer("uint64_t[]", view)
+    if len(at) and int(_ffi.cast("uintptr_t", at)) % 8:
+        raise ValueError(f"{name} is not aligned to 8 bytes: copy it into an array('Q')")
+    return at
+
+
+def scatter(address: int, addresses: Any, lengths: Any, crc: int | None) -> int | None:
+    """
+    Copy what lies at *address* of the pool to pieces of memory, in one call into C.
+
+    Args:
+        address: Where the bytes of all pieces begin; the caller holds a lease on all of them.
+        addresses: Where each piece goes, 0 for one that nobody wants; see Pieces.
+        lengths: How long each is.
+        crc: None, or the CRC-32C of what stands before these bytes, 0 at the beginning.
+
+    Returns:
+        The CRC-32C of both together, skipped pieces included: the *crc* of the next call. None
+        where none was asked for.
+
+    Raises:
+        TypeError, ValueError: See Pieces.
+        ChunkLost: The medium failed under it (where guard_copies() was called; else SIGBUS).
+    """
+    return Pieces(addresses, lengths).copy_from(address, crc)
+
+
 def guard_copies() -> None:
     """
     Turn a failing medium under copy_from() and copy_to() into ChunkLost instead of SIGBUS.
