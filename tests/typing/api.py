@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import assert_type
 
 import numpy as np
@@ -57,8 +58,11 @@ def use(pool: Pool, chunk: Chunk) -> None:
     assert_type(chunk.meta, bytes)
     assert_type(chunk.key, bytes)
     assert_type(chunk.verify(), bool)
-    array = chunk.numpy(np.float32, (2, -1))
-    assert_type(array.flags.writeable, bool)
+    assert_type(chunk.crc32c, int | None)
+    places = array("Q", [0])
+    assert_type(chunk.copy_pieces_to(places, np.ones(1, np.uint64), 16, verify=False), bool)
+    values = chunk.numpy(np.float32, (2, -1))
+    assert_type(values.flags.writeable, bool)
     with chunk:
         assert_type(pool.open(chunk.token), Chunk | None)
 
@@ -68,6 +72,7 @@ def store(cache: Cache, key: bytes, parent: Chunk | None) -> None:
         assert_type(w, Put)
         assert_type(w.memory, memoryview)
         assert_type(w.copy_from(bytes(4096)), int)
+        assert_type(w.copy_pieces(array("Q", [0]), np.ones(1, np.uint64), offset=16), int)
     assert_type(cache.put_many([key], [bytes(10)], start=3, parent=w), int)
     assert_type(cache.put_many(key, np.zeros((1, 10))), int)
     assert_type(cache.pin(key, ttl_s=3600), int)
