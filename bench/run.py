@@ -113,6 +113,19 @@ def _kernel_rows(text: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _pieces_rows(text: str) -> list[dict[str, Any]]:
+    found = json.loads(text)
+    rows = []
+    for row in found["results"]:
+        chunk, page = found["chunk_bytes"] >> 20, row["page_bytes"] >> 10
+        name = f"{row['verb']}, {chunk} MiB in pages of {page} KiB"
+        reference = "memcpy of the same pages"
+        note = f"{row['contiguous_ratio']:.2f} of one contiguous copy"
+        ours, theirs, ratio = row["gbps"], row["memcpy_gbps"], row["memcpy_ratio"]
+        rows.append(Row(name, ours, "GB/s", theirs, reference, ratio, note=note).as_json())
+    return rows
+
+
 def _replay_rows(text: str) -> list[dict[str, Any]]:
     rows: list[Row] = []
     for run in json.loads(text)["runs"]:
@@ -144,6 +157,7 @@ def benches() -> list[Bench]:
         _python("python_hit", "--rounds", "5"),
         _python("copy", "--rounds", "3"),
         Bench("c_copy", (c_program("bench_copy"),), ("512", "3"), _kernel_rows),
+        Bench("c_pieces", (c_program("bench_pieces"),), ("256", "3"), _pieces_rows),
         _python("visible", "--rounds", "100"),
         _python("scale", "--rounds", "5"),
         _python("idle", "--seconds", "5"),
