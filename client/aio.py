@@ -114,6 +114,13 @@ class AsyncPut:
             return put.copy_from(source, offset)
         return await self._threads.run(partial(put.copy_from, source, offset))
 
+    async def copy_pieces(self, addresses: Any, lengths: Any, offset: int = 0) -> int:
+        """As `Put.copy_pieces`; large copies run in a thread."""
+        put = self.put
+        if put.nbytes <= INLINE_COPY_BYTES:
+            return put.copy_pieces(addresses, lengths, offset)
+        return await self._threads.run(partial(put.copy_pieces, addresses, lengths, offset))
+
     async def commit(self) -> None:
         """As `Put.commit`."""
         put = self.put

@@ -81,6 +81,23 @@ async def test_commit_in_a_forked_child_is_refused(pool: aio.AsyncPool) -> None:
         put.abort()
 
 
+async def test_pieces_are_gathered(pool: aio.AsyncPool) -> None:
+    """Pieces of memory are stored as by a plain put, small in place or large in a thread."""
+    cache = await pool.namespace(MANIFEST)
+    for i, nbytes in enumerate((100, LARGE)):
+        pages = np.random.default_rng(i).integers(0, 256, nbytes, dtype=np.uint8)
+        half, base = nbytes // 2, pages.ctypes.data
+        lengths = np.array([nbytes - half, half], np.uint64)
+        async with cache.put(key_of(i), nbytes) as w:
+            there = np.array([base + half, base], np.uint64)
+            assert await w.copy_pieces(there, lengths) == nbytes
+        await cache.flush()
+        chunk = await cache.get(key_of(i))
+        assert chunk is not None
+        assert bytes(chunk.memory) == pages[half:].tobytes() + pages[:half].tobytes()
+        assert chunk.verify()
+
+
 async def test_exception_aborts(pool: aio.AsyncPool) -> None:
     """An exception in the block leaves the key absent."""
     cache = await pool.namespace(MANIFEST)
