@@ -197,6 +197,16 @@ class Pool:
         return self._closed
 
     @property
+    def mapping(self) -> SessionMapping:
+        """
+        The memory that new chunks and puts lie in: another object after each reconnect.
+
+        `mapping.regions()` says where it is, for what hands whole regions to a device; older
+        chunks lie in the mapping that they were leased in.
+        """
+        return self._attachment.handle.mapping
+
+    @property
     def leases(self) -> int:
         """How many leases this process holds in the pool it is attached to now."""
         self._check_usable()

@@ -5,13 +5,13 @@ The client's side of attaching: what to say in the hello, what the answer means,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from cenote._native import _core, _short
 
-from .errors import Corrupt, ProtocolError, VersionMismatch, error_of
+from .errors import Corrupt, ProtocolError, VersionMismatch, check, error_of
 from .messages import LABEL_MAX_BYTES, ROLES, Fields, Hello
 from .wire import PROTOCOL_VERSION, Message, WireError, close_all
 
@@ -49,23 +49,83 @@ class Welcome:
     server_version: str
 
 
+class MappedRegion(NamedTuple):
+    """
+    Where a region lies in this process. Views are in the read-only one, extents in the writable.
+
+    Attributes:
+        region: Its number in the pool.
+        address: Of the first byte.
+        nbytes: Length.
+        page_bytes: The medium's page, as the daemon said: 4 KiB, 2 MiB or 1 GiB.
+        writable: Is it the writable mapping?
+    """
+
+    region: int
+    address: int
+    nbytes: int
+    page_bytes: int
+    writable: bool
+
+
 class Mapping:
     """
     The memory of one session: catalog, regions, the session itself. The `owner` of its leases.
 
-    It is unmapped when nothing refers to it any more, so never under a living lease.
+    It is unmapped when nothing refers to it any more, so never under a living lease. What a device
+    was told of stays mapped in any case, until the device has forgotten it: see hold().
     """
 
-    __slots__ = ("catalog", "catalog_bytes", "ptr")
+    __slots__ = ("_held", "catalog", "catalog_bytes", "ptr")
 
     def __init__(self, ptr: int, catalog: int, catalog_bytes: int) -> None:
         self.ptr = ptr
         self.catalog = catalog
         self.catalog_bytes = catalog_bytes
+        self._held: set[object] = set()
+
+    def regions(self) -> Iterator[MappedRegion]:
+        """
+        Yield where the regions are mapped: all of them for reading, then those for writing, too.
+
+        Raises:
+            ForkedChild: This process is a forked child of the one that attached (I13).
+        """
+        client = _core.ffi.cast("struct cn_client *", self.ptr)
+        if _short.lib.cn_client_forked(client):  # the catalog is not mapped either
+            raise error_of(_core.lib.CN_EFORKED, "find where the pool is mapped")
+        super_ = _core.ffi.cast("struct cn_super *", self.catalog)
+        base, nbytes = _core.ffi.new("void **"), _core.ffi.new("uint64_t *")
+        for writable in (False, True):
+            for i in range(super_.region_count):
+                status = _short.lib.cn_client_region(client, i, writable, base, nbytes)
+                if status == _core.lib.CN_EMISS:
+                    continue
+                check(status, f"find where region {i} is mapped")
+                address = int(_core.ffi.cast("uintptr_t", base[0]))
+                page_bytes = int(super_.regions[i].page_bytes)
+                yield MappedRegion(i, address, int(nbytes[0]), page_bytes, writable)
+
+    def hold(self) -> object:
+        """
+        Keep everything mapped, though nothing refers to it, until let_go() of what is returned.
+
+        For memory that a device was given the addresses of: where the one who asked is forgotten,
+        or the interpreter ends, it stays mapped until the process is gone.
+        """
+        hold = object()
+        self._held.add(hold)
+        return hold
+
+    def let_go(self, hold: object) -> None:
+        """End what hold() began. Idempotent."""
+        self._held.discard(hold)
 
     def __del__(
         self, _detach: Any = _short.lib.cn_client_detach, _cast: Any = _core.ffi.cast
     ) -> None:
+        if self._held:
+            return
         # In a forked child detach() does nothing: other mappings may have these addresses (I13).
         _detach(_cast("struct cn_client *", self.ptr))
 

@@ -192,6 +192,10 @@ void cn_client_close(struct cn_client *client);
 bool cn_client_rings(struct cn_client *client);
 /* Is this process a forked child of the one that attached? (I13) */
 bool cn_client_forked(const struct cn_client *client);
+/* Where a region is mapped in this process: for reading, or the second time for writing. CN_EMISS:
+ * not mapped so. What drives a device needs it; everybody else is given addresses. */
+int cn_client_region(const struct cn_client *client, uint32_t region, bool writable,
+                     void **ret_base, uint64_t *ret_bytes);
 const void *cn_client_catalog(const struct cn_client *client);
 const void *cn_client_session(const struct cn_client *client);
 uint64_t cn_client_boot_token(const struct cn_client *client);

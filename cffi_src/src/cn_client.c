@@ -181,6 +181,19 @@ bool cn_client_rings(struct cn_client *c) { return cn_is_forked(c) || cn_doorbel
 
 bool cn_client_forked(const struct cn_client *c) { return cn_is_forked(c); }
 
+int cn_client_region(const struct cn_client *c, uint32_t region, bool writable, void **ret_base,
+                     uint64_t *ret_bytes)
+{
+    if (cn_is_forked(c))
+        return CN_EFORKED; /* what is at that address here is not ours (I13) */
+    if (region >= c->region_count)
+        return CN_EINVAL;
+    const struct cn_mapping *map = writable ? &c->rw[region] : &c->ro[region];
+    *ret_base = map->base;
+    *ret_bytes = map->bytes;
+    return map->base != NULL ? CN_OK : CN_EMISS;
+}
+
 const void *cn_client_catalog(const struct cn_client *c) { return c->catalog_map.base; }
 
 const void *cn_client_session(const struct cn_client *c) { return c->session_map.base; }
