@@ -21,6 +21,7 @@ from cenote.client import (
     Put,
     aio,
     connect,
+    cuda,
     keys,
     testing,
 )
@@ -91,6 +92,14 @@ def watch(pool: Pool) -> None:
             continue
         assert_type(event, Event)
         assert_type(event.key, bytes)
+
+
+def pin(pool: Pool, chunk: Chunk) -> None:
+    with cuda.register(pool) as pinned:
+        assert_type(pinned, cuda.Registration)
+        assert_type(pinned.pieces(chunk.address, chunk.nbytes), list[tuple[int, int]])
+        assert_type(pinned.current and pinned.covers(chunk.address, 1), bool)
+        assert_type(pinned.failed, str | None)
 
 
 def mismatch(error: ManifestMismatch) -> None:
