@@ -162,6 +162,7 @@ def benches() -> list[Bench]:
         _python("scale", "--rounds", "5"),
         _python("idle", "--seconds", "5"),
         _python("attach", "--rounds", "5"),
+        _python("cuda", "--rounds", "3"),
         Bench("c_waste", (c_program("bench_waste"),), (), _waste_rows),
         Bench("c_arena", (c_program("bench_arena"),), ("100000",), _arena_rows),
         Bench("replay", replay, ("--limit", "1000"), _replay_rows),
