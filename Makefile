@@ -36,7 +36,7 @@ export PYTHONSAFEPATH := 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm dev demo demo-vllm test test-engine test-vllm test-c test-asan test-model test-crash test-wheel nightly lint format bench bench-peers clean
+.PHONY: help setup setup-vllm dev demo demo-vllm test test-engine test-vllm test-c test-asan test-model test-crash test-wheel nightly lint format bench bench-vllm bench-peers clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -150,6 +150,9 @@ $(BENCH_STAMP): $(STAMP)
 
 bench: setup $(BENCH_STAMP)  ## measure what docs/performance.md states; installs LMDB beside it
 	$(PY) bench/run.py $(ARGS)
+
+bench-vllm: setup setup-vllm  ## time to first token in real vLLM engines: half an hour; ARGS=--quick
+	CENOTE_VLLM_PYTHON=$(VLLM_PY) $(PY) bench/ttft.py $(ARGS)
 
 bench-peers: setup  ## the same beside LMDB, Redis, Mooncake and others; installs them, never in CI
 	$(PY) bench/peers.py $(ARGS)

@@ -187,17 +187,20 @@ class Host:
         begin() and collect(), with the CPU time that it took.
 
         watch: other processes whose CPU time is counted (the daemon's).
-        settle: count until the engine is idle again, so that work put off is counted, too.
+        settle: wait until the engine is idle, and say what it had used by then, too: work that was
+            put off, and a second of spinning in which workers wait for the next request.
         """
         watched = {**self._pids, **{f"pid{pid}": pid for pid in watch}}
         before = {name: cpu_s(pid) for name, pid in watched.items()}
         begun_s = time.perf_counter()
         answers = self.collect(self.begin(prompts, params)["names"])["answers"]
         wall_s = time.perf_counter() - begun_s
+        used = {name: cpu_s(pid) - before[name] for name, pid in watched.items()}
+        answer = {"answers": answers, "wall_s": wall_s, "cpu": used}
         if settle:
             self._wait_until_idle([pid for name, pid in watched.items() if name != "host"])
-        used = {name: cpu_s(pid) - before[name] for name, pid in watched.items()}
-        return {"answers": answers, "wall_s": wall_s, "cpu": used, "cpu_s": sum(used.values())}
+            answer["settled"] = {name: cpu_s(pid) - before[name] for name, pid in watched.items()}
+        return answer
 
     @staticmethod
     def _wait_until_idle(pids: list[int]) -> None:
@@ -209,6 +212,11 @@ class Host:
                 return
 
     # ---- the rest -------------------------------------------------------------------------------
+
+    def idle(self) -> Answer:
+        """Wait until no process of the engine works or spins."""
+        self._wait_until_idle([pid for name, pid in self._pids.items() if name != "host"])
+        return {}
 
     def reset(self, connector: bool, running: bool) -> Answer:
         """Forget the prefix cache, and the connector's with connector=True."""

@@ -74,8 +74,18 @@ class Batch:
 
     answers: tuple[Answer, ...]
     wall_s: float
-    cpu_s: float  # of all processes of the engine, and of those watched besides
-    cpu: Mapping[str, float]  # the same by process: core, worker0, host, pid<N>
+    cpu: Mapping[str, float]  # seconds by process: host, core, worker0, pid<N>
+    settled: Mapping[str, float] = field(default_factory=dict)  # the same until it was idle
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time of all processes of the engine, and of those watched besides."""
+        return sum(self.cpu.values())
+
+    @property
+    def settled_cpu_s(self) -> float:
+        """The same until the engine was idle again."""
+        return sum(self.settled.values())
 
     @property
     def one(self) -> Answer:
@@ -249,7 +259,7 @@ class Engine:
             prompts: Token ids.
             each: Sampling parameters for each prompt, over *params*.
             watch: Processes whose CPU time is counted besides.
-            settle: Count CPU time until the engine is idle, so that work put off is counted, too.
+            settle: Wait until the engine is idle, and count that, too: `settled` has it.
             wait_s: How long; then EngineHung.
             params: Of vllm.SamplingParams, for all: max_tokens, seed, logprobs, ...;
                 kv_transfer_params goes into extra_args.
@@ -263,7 +273,7 @@ class Engine:
             settle=settle,
         )
         answers = tuple(map(_answer, said["answers"]))
-        return Batch(answers, said["wall_s"], said["cpu_s"], said["cpu"])
+        return Batch(answers, said["wall_s"], said["cpu"], said.get("settled", {}))
 
     def ask(self, prompt: Sequence[int], *, wait_s: float = ANSWER_S, **params: Any) -> Answer:
         """Answer one prompt."""
@@ -295,6 +305,10 @@ class Engine:
     def reset(self, *, connector: bool = False, running: bool = False) -> bool:
         """Forget the engine's own prefix cache (and the connector's, and running requests')."""
         return bool(self._request("reset", connector=connector, running=running)["done"])
+
+    def wait_until_idle(self) -> None:
+        """Wait until it neither works nor spins, as it does for a second after each request."""
+        self._request("idle")
 
     def stats(self) -> dict[str, float]:
         """vLLM's metrics by name, summed over labels; of histograms the sum."""

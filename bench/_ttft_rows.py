@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the samples of bench/ttft.py to rows with bars. Pure: no engine, no clock."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from bench.common import Row
+
+# A whole prompt that the pool has, against what else could be done:
+OF_COLD: Final = 1 / 20
+OF_EXAMPLE: Final = 1 / 2
+OF_OWN: Final = 1.0
+# ... and what storing it may add to computing it.
+SAVING: Final = 1.03
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One request for one token."""
+
+    variant: str
+    state: str
+    tokens: int
+    ttft_s: float
+    cpu_s: float  # until the first token: engine and daemon
+    settled_cpu_s: float  # until both were idle again
+    daemon_cpu_s: float
+    cached: int
+    token: int
+    shared: int | None = None  # tokens that were there before, where that is what is varied
+
+
+class Samples(list[Sample]):
+    """All of them, in the order in which they were taken."""
+
+    def of(self, variant: str, state: str, tokens: int) -> Samples:
+        """Those of one variant, state and length."""
+        return Samples(
+            s for s in self if (s.variant, s.state, s.tokens) == (variant, state, tokens)
+        )
+
+    def cpu(self) -> float:
+        """The median of CPU seconds until the first token."""
+        return statistics.median(s.cpu_s for s in self)
+
+    def ttft(self) -> float:
+        """The median of seconds until the first token."""
+        return statistics.median(s.ttft_s for s in self)
+
+
+def rows(samples: Samples, lengths: Sequence[int]) -> list[Row]:
+    """All rows that the samples allow."""
+    return [row for tokens in lengths for row in _at(samples, tokens)]
+
+
+def _at(samples: Samples, tokens: int) -> Iterator[Row]:
+    """One length."""
+    cold, own = samples.of("off", "cold", tokens), samples.of("off", "own", tokens)
+    example = samples.of("example", "stored", tokens)
+    for reference, name in ((cold, "cold"), (own, "own prefix cache"), (example, "example")):
+        if reference:
+            what = f"{name}, {tokens:,} tokens"
+            yield Row(f"{what}: CPU", reference.cpu(), "s")
+            yield Row(f"{what}: TTFT", reference.ttft(), "s")
+    for state, name in (("stored", "in the pool"), ("first", "first request, in the pool")):
+        ours = samples.of("cenote", state, tokens)
+        if ours:
+            yield from _against(f"{name}, {tokens:,} tokens", ours, cold, own, example)
+    yield from _saving(samples, tokens, cold)
+
+
+def _against(
+    what: str, ours: Samples, cold: Samples, own: Samples, example: Samples
+) -> Iterator[Row]:
+    """What the pool has, against computing it, the engine's own cache and ExampleConnector."""
+    note = f"{min(s.cached for s in ours):,} cached; {ours[0].daemon_cpu_s:.3f} s are the daemon's"
+    for reference, name, bar in (
+        (cold, "cold", OF_COLD),
+        (own, "own prefix cache", OF_OWN),
+        (example, "ExampleConnector", OF_EXAMPLE),
+    ):
+        if not reference:
+            continue
+        at, ratio = reference.cpu(), ours.cpu() / reference.cpu()
+        yield Row(f"{what}: CPU", ours.cpu(), "s", at, name, ratio, bar, note=note)
+        at, ratio = reference.ttft(), ours.ttft() / reference.ttft()
+        yield Row(f"{what}: TTFT", ours.ttft(), "s", at, name, ratio)
+
+
+def _saving(samples: Samples, tokens: int, off: Samples) -> Iterator[Row]:
+    """Computing a prompt that is stored, too, against computing it alone."""
+    saved, unsaved = (samples.of("cenote", state, tokens) for state in ("cold", "unsaved"))
+    if not saved or not unsaved:
+        return
+    # Work after the first token counts. So does the second that an idle worker spins, in both of a
+    # round: taken off, for it would hide what is looked for.
+    costs = [
+        with_save.settled_cpu_s - (without.settled_cpu_s - without.cpu_s)
+        for with_save, without in zip(saved, unsaved, strict=True)
+    ]
+    value = statistics.median(costs)
+    ratio = statistics.median(c / w.cpu_s for c, w in zip(costs, unsaved, strict=True))
+    what = f"cold and stored, {tokens:,} tokens: CPU"
+    yield Row(what, value, "s", unsaved.cpu(), "the same engine, not stored", ratio, SAVING)
+    ttft = statistics.median(a.ttft_s / b.ttft_s for a, b in zip(saved, unsaved, strict=True))
+    yield Row(
+        f"cold and stored, {tokens:,} tokens: TTFT",
+        saved.ttft(),
+        "s",
+        unsaved.ttft(),
+        "the same engine, not stored",
+        ttft,
+    )
+    if off:
+        yield Row(
+            what, value, "s", off.cpu(), "an engine without connector", value / off.cpu(), SAVING
+        )
