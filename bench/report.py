@@ -26,7 +26,7 @@ SOURCE: Final = ROOT / "build" / "bench" / "ttft.json"
 IMAGES: Final = ROOT / "docs" / "images"
 INCHES: Final = (7.2, 4.2)
 DPI: Final = 144
-
+TIMES: Final = "\N{MULTIPLICATION SIGN}"
 
 # variant and state, what it is called, colour (told apart by every eye), marker
 Line = tuple[str, str, str, str, str]
@@ -101,9 +101,9 @@ def _chart(
     *,
     logarithmic: bool,
 ) -> Path:
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    figure, axes = pyplot.subplots(figsize=INCHES, dpi=DPI, layout="constrained")
+    figure, axes = plt.subplots(figsize=INCHES, dpi=DPI, layout="constrained")
     if logarithmic:
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -121,7 +121,7 @@ def _chart(
     axes.legend(frameon=False)
     # without the version of matplotlib in it, the same figures give the same file
     figure.savefig(path, metadata={"Software": None})
-    pyplot.close(figure)
+    plt.close(figure)
     return path
 
 
@@ -139,7 +139,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if row["reference"] is not None:
             reference = f"{_number(row['reference'])} {row['unit']}, {row['reference_is']}"
         ratio = "" if row["ratio"] is None else _number(row["ratio"])
-        bar = "" if row["bar"] is None else f"{'≤' if row['at_most'] else '≥'} {row['bar']:.3g} ×"
+        bar = (
+            ""
+            if row["bar"] is None
+            else f"{'≤' if row['at_most'] else '≥'} {row['bar']:.3g} {TIMES}"
+        )
         met = {None: "", True: "met", False: "**missed**"}[row["met"]]
         value = f"{_number(row['value'])} {row['unit']}"
         lines.append(f"| {row['measure']} | {value} | {reference} | {ratio} | {bar} | {met} |")

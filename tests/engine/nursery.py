@@ -37,6 +37,7 @@ class Nursery:
 
     def __init__(self, folder: Path, *, fork: bool = FORK) -> None:
         self.folder, self.fork = folder, fork
+        folder.mkdir(parents=True, exist_ok=True)
         self._numbers = itertools.count()
         self._engines: list[Engine] = []
         self._process: subprocess.Popen[str] | None = None
