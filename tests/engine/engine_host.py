@@ -125,12 +125,13 @@ class Host:
         names = []
         for prompt, wanted in zip(prompts, params, strict=True):
             self._numbers += 1
+            salt = {"cache_salt": wanted.pop("cache_salt")} if "cache_salt" in wanted else {}
             sampling = SamplingParams(
                 **{"temperature": 0.0, "ignore_eos": True, "detokenize": False, **wanted}
             )
             sampling.output_kind = RequestOutputKind.CUMULATIVE  # the first token is seen as such
             name, begun_s = f"r{self._numbers}", time.perf_counter()
-            inside = self.engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+            inside = self.engine.add_request(name, {"prompt_token_ids": prompt, **salt}, sampling)
             self._pending[name] = {"name": name, "inside": inside, "begun_s": begun_s}
             names.append(name)
         return {"names": names}

@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The scheduler's half: what is loaded for which request, what is stored, and what that keeps alive.
+
+Order of one request: matched() leases what the pool has beyond the engine's own prefix; placed()
+knows the blocks and plans the load; work() hands plans to the workers, once a step, and plans the
+chunks that this step completes; done() hears how it ended and lets go. Blocks that are being stored
+are referenced like those of a request, so that the engine cannot use them again before.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple, Protocol
+
+from cenote.client.errors import CenoteError
+
+from .groups import Group, Shape
+from .lookup import Held, Lookup
+from .messages import SKIP, ChunkPages, Era, Fields, Load, Save, StepDone, StepWork
+from .settings import LOGGER, Settings, Wishes
+from .stats import Stats
+
+log = logging.getLogger(LOGGER)
+
+ASKED_MAX: Final = 1 << 16  # keys remembered for save = "reused"
+SAVING_SHARE: Final = 2  # at most one block in so many waits to be stored
+
+
+class Request(Protocol):
+    """What is used of vLLM's Request."""
+
+    request_id: str
+    num_tokens: int
+    block_hashes: Sequence[bytes]
+    kv_transfer_params: Any
+    skip_reading_prefix_cache: bool
+
+
+class Announcer(Protocol):
+    """Who tells routers what the pool has; see events.py."""
+
+    def available(self, request: Any, chunks: Iterable[int]) -> None:
+        """Chunks of a request can be had from the pool now."""
+
+
+@dataclass
+class Tracked:
+    """A request that the engine has not finished."""
+
+    request: Request
+    wishes: Wishes
+    reused: frozenset[bytes]  # keys of it that an earlier request asked for (save = "reused")
+    held: Held | None = None
+    computed: int = 0  # tokens that the engine held when the pool was asked
+    loading: bool = False  # its load was handed to the workers
+    failed: bool = False  # a load of it failed: nothing is offered to it again
+    next_save: int = 0  # number of the first chunk not looked at for saving
+
+
+class ChunkAt(NamedTuple):
+    """One group's share of a chunk."""
+
+    group: Group
+    number: int
+    key: bytes
+
+
+@dataclass
+class Saving:
+    """A chunk on its way into the pool, and what the workers have answered."""
+
+    request: Request
+    chunk: int
+    group: int
+    key: bytes
+    blocks: list[Any]
+    stored: int = 0
+    failed: int = 0
+
+
+class Scheduler:
+    """
+    The connector in the engine's scheduler. One thread calls it.
+
+    Args:
+        settings: The operator's.
+        shape: How tokens become chunks.
+        lookup: The engine's namespaces.
+        era: What keys mean.
+        workers: How many there are.
+        drop_tokens: Tokens before a hit's end that are computed again (speculative decoding).
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        shape: Shape,
+        lookup: Lookup,
+        era: Era,
+        *,
+        workers: int,
+        drop_tokens: int = 0,
+    ) -> None:
+        self._settings: Final = settings
+        self._shape: Final = shape
+        self._lookup: Final = lookup
+        self._era = era
+        self._workers: Final = workers
+        self._drop_tokens: Final = drop_tokens
+        self._facts: dict[tuple[int, int], Sequence[Fields]] = {}
+        self._blocks: Any = None  # vLLM's BlockPool
+        self._announcer: Announcer | None = None
+        self._tracked: dict[str, Tracked] = {}
+        self._unplaced: dict[str, Tracked] = {}  # matched in this step, not placed yet
+        self._loads: list[Load] = []
+        self._orphans: dict[str, Held] = {}  # of requests that finished while they were loaded
+        self._saving: dict[int, Saving] = {}
+        self._saving_keys: set[tuple[int, bytes]] = set()
+        self._saves = 0
+        self._saving_blocks = 0
+        self._asked: OrderedDict[bytes, None] = OrderedDict()
+        self.stats: Final = Stats()
+
+    # ---- the engine's parts ----------------------------------------------------------------------
+
+    def know_workers(self, facts: dict[tuple[int, int], Sequence[Fields]]) -> None:
+        """Be told what each worker's bytes depend on."""
+        self._facts = facts
+        self._lookup.know(facts.values(), self._era)
+
+    def know_blocks(self, blocks: Any) -> None:
+        """Be given the engine's block pool."""
+        self._blocks = blocks
+
+    def announce_by(self, announcer: Announcer) -> None:
+        """Tell somebody what becomes available."""
+        self._announcer = announcer
+
+    # ---- loading ---------------------------------------------------------------------------------
+
+    def matched(self, request: Request, computed: int) -> int:
+        """
+        Return how many tokens beyond the first *computed* can be loaded, and lease them.
+
+        Asked again for the same request, it looks again.
+        """
+        tracked = self._track(request)
+        self._let_go(tracked)
+        if tracked.failed or request.skip_reading_prefix_cache or not self._lookup.ready:
+            return 0
+        started_s = time.perf_counter()
+        tokens = self._hit(tracked, computed)
+        self.stats.add(
+            lookups=1,
+            asked_tokens=max(0, request.num_tokens - computed),
+            hit_tokens=tokens,
+            lookup_seconds=time.perf_counter() - started_s,
+        )
+        return tokens
+
+    def _hit(self, tracked: Tracked, computed: int) -> int:
+        request, shape = tracked.request, self._shape
+        first = computed // shape.chunk_tokens
+        end = self._loadable(tracked, computed)
+        if end <= first:
+            return 0
+        try:
+            held = self._lookup.hit(request.block_hashes, first, end)
+        except CenoteError as error:
+            log.warning("cenote: the pool cannot be looked at: %s", error)
+            return 0
+        if held is None:
+            return 0
+        tokens = self._offered(request, held) - computed
+        if tokens < (self._settings.min_load_tokens or shape.chunk_tokens - self._drop_tokens):
+            held.release()
+            return 0
+        tracked.held, tracked.computed = held, computed
+        self._unplaced[request.request_id] = tracked
+        return tokens
+
+    def _loadable(self, tracked: Tracked, computed: int) -> int:
+        """Return one behind the last chunk that may be loaded."""
+        request, shape = tracked.request, self._shape
+        tokens = request.num_tokens
+        if any(group.window for group in shape.groups):
+            # The engine drops blocks by where computing goes on: were that one token before the
+            # hit's end, the first block of that token's window could be gone already.
+            tokens -= 1
+        if tracked.wishes.max_load_tokens is not None:
+            tokens = min(tokens, computed + tracked.wishes.max_load_tokens)
+        return min(tokens // shape.chunk_tokens, shape.hashed_chunks(request.block_hashes))
+
+    def _offered(self, request: Request, held: Held) -> int:
+        """Return where a hit ends, in tokens. A load within a step leaves one to be computed."""
+        end = held.end * self._shape.chunk_tokens - self._drop_tokens
+        return min(end, request.num_tokens - 1) if self._in_step else end
+
+    @property
+    def _in_step(self) -> bool:
+        return self._settings.transfer == "layers"
+
+    def placed(self, request: Request, blocks: Any, tokens: int) -> None:
+        """
+        Be told in which blocks a request lies, and plan its load.
+
+        Args:
+            request: It.
+            blocks: vLLM's KVCacheBlocks, all of the request.
+            tokens: How many are to be loaded; 0: none.
+        """
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or tracked.held is None or tracked.loading:
+            return
+        self._unplaced.pop(request.request_id, None)
+        if tokens == 0:
+            self._let_go(tracked)
+            return
+        span = range(tracked.computed, tracked.computed + tokens)
+        chunks = tuple(self._planned(tracked.held, blocks.blocks, span))
+        self._loads.append(Load(request.request_id, chunks, self._in_step))
+        tracked.loading = True
+        if self._announcer is not None:
+            self._announcer.available(request, range(tracked.held.first, tracked.held.end))
+
+    def _planned(self, held: Held, tables: Any, span: range) -> Iterable[ChunkPages]:
+        """Yield the chunks of a load with their blocks; those outside of *span* tokens are SKIP."""
+        for group in self._shape.groups:
+            for number in range(self._lookup.first_needed(group, held), held.end):
+                places = self._shape.blocks_of(group, number)
+                wanted = tuple(_block(tables[group.index][i], i, group, span) for i in places)
+                if any(each != SKIP for each in wanted):
+                    yield ChunkPages(held.keys[number - held.first], group.index, wanted)
+
+    # ---- one step --------------------------------------------------------------------------------
+
+    def work(self, step: Any) -> StepWork:
+        """Return what the workers have to do with a step: vLLM's SchedulerOutput."""
+        for tracked in self._unplaced.values():
+            self._let_go(tracked)  # not scheduled after all: it is looked up again when it is
+        self._unplaced.clear()
+        work = StepWork(self._era, self._loads, [], idle=step.total_num_scheduled_tokens == 0)
+        self._loads = []
+        if self._settings.save != "none" and self._lookup.ready and self._blocks is not None:
+            for name, computed in _computed_by(step):
+                self._plan_saves(work.saves, name, computed, step)
+        return work
+
+    def _plan_saves(self, saves: list[Save], name: str, computed: int, step: Any) -> None:
+        tracked = self._tracked.get(name)
+        if tracked is None or tracked.wishes.skip_save:
+            return
+        request, shape = tracked.request, self._shape
+        known = min(computed, request.num_tokens) // shape.chunk_tokens
+        first, end = tracked.next_save, min(known, shape.hashed_chunks(request.block_hashes))
+        if end <= first or step.kv_connector_block_state is None:
+            return
+        tables = step.kv_connector_block_state.get_block_ids(name)
+        if tables is None:
+            return
+        keys = shape.keys(request.block_hashes, first, end)
+        there = min(self._lookup.prefix(group, keys) for group in shape.groups)
+        for chunk in range(first + there, end):
+            key = keys[chunk - first]
+            if self._settings.save == "reused" and key not in tracked.reused:
+                continue
+            for group in shape.groups:
+                table = tables[group.index]
+                places = shape.blocks_of(group, chunk)
+                if places.stop <= len(table):
+                    pages = [self._blocks.blocks[table[i]] for i in places]
+                    self._plan_save(saves, tracked, ChunkAt(group, chunk, key), pages)
+        tracked.next_save = end
+
+    def _plan_save(
+        self, saves: list[Save], tracked: Tracked, at: ChunkAt, pages: list[Any]
+    ) -> None:
+        group, chunk, key = at
+        # A window's pages go as soon as it has moved on: such a chunk is not stored.
+        if any(page.is_null for page in pages) or (group.index, key) in self._saving_keys:
+            return
+        if self._too_many() or self._lookup.has(group, key):
+            return
+        self._saves += 1
+        self._blocks.touch(pages)
+        self._saving_blocks += len(pages)
+        self._saving[self._saves] = Saving(tracked.request, chunk, group.index, key, pages)
+        self._saving_keys.add((group.index, key))
+        hashes, wishes = tracked.request.block_hashes, tracked.wishes
+        saves.append(
+            Save(
+                self._saves,
+                ChunkPages(key, group.index, tuple(page.block_id for page in pages)),
+                self._shape.key(hashes, chunk - 1) if chunk else None,
+                chunk,
+                wishes.priority,
+                wishes.ttl_s,
+            )
+        )
+
+    def _too_many(self) -> bool:
+        return self._saving_blocks * SAVING_SHARE > len(self._blocks.blocks)
+
+    # ---- what came of it -------------------------------------------------------------------------
+
+    def done(self, loaded: Iterable[str], step: StepDone | None) -> None:
+        """Be told which requests' loads are over, and what the workers did."""
+        for name in step.failed if step is not None else ():
+            if name in self._tracked:
+                self._tracked[name].failed = True
+        for name in (*loaded, *(step.in_step if step is not None else ())):
+            self._loaded(name)
+        for number, stored, failed in step.finished() if step is not None else ():
+            self._count(number, stored, failed)
+
+    def _loaded(self, name: str) -> None:
+        orphan = self._orphans.pop(name, None)
+        if orphan is not None:
+            orphan.release()
+        tracked = self._tracked.get(name)
+        if tracked is not None:
+            tracked.loading = False
+            self._let_go(tracked)
+            if tracked.failed:
+                tracked.next_save = 0
+
+    def _count(self, number: int, stored: int, failed: int) -> None:
+        """Workers answer in one step or in several: the chunk's blocks wait for the last."""
+        saving = self._saving[number]
+        saving.stored += stored
+        saving.failed += failed
+        if saving.stored + saving.failed < self._workers:
+            return
+        del self._saving[number]
+        self._saving_keys.discard((saving.group, saving.key))
+        self._saving_blocks -= len(saving.blocks)
+        self._blocks.free_blocks(reversed(saving.blocks))
+        if not saving.failed and self._announcer is not None:
+            self._announcer.available(saving.request, (saving.chunk,))
+
+    @property
+    def saving(self) -> bool:
+        """Is something on its way into the pool?"""
+        return bool(self._saving)
+
+    # ---- ends ------------------------------------------------------------------------------------
+
+    def finished(self, request: Request) -> None:
+        """Be told that a request is over."""
+        tracked = self._tracked.pop(request.request_id, None)
+        self._unplaced.pop(request.request_id, None)
+        if tracked is None or tracked.held is None:
+            return
+        if tracked.loading:
+            self._orphans[request.request_id] = tracked.held  # its workers copy still
+        else:
+            tracked.held.release()
+
+    def reset(self) -> None:
+        """
+        Begin anew: nothing that was stored until now is seen again by this engine.
+
+        Whoever resets has new weights, or wants none of the old answers. The chunks belong to
+        other engines, too, and stay; this one turns to namespaces that nobody else has.
+        """
+        self._era = replace(self._era, reset=uuid.uuid4().hex)
+        for tracked in self._tracked.values():
+            if not tracked.loading:
+                self._let_go(tracked)
+        self._lookup.know(self._facts.values(), self._era)
+        log.info("cenote: the connector's cache was reset; this engine shares nothing from now on")
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for tracked in self._tracked.values():
+            self._let_go(tracked)
+        for held in self._orphans.values():
+            held.release()
+
+    # ---- requests --------------------------------------------------------------------------------
+
+    def _track(self, request: Request) -> Tracked:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            wishes = Wishes.parse(request.kv_transfer_params)
+            tracked = Tracked(request, wishes, self._asked_before(request))
+            self._tracked[request.request_id] = tracked
+        return tracked
+
+    def _let_go(self, tracked: Tracked) -> None:
+        if tracked.held is not None and not tracked.loading:
+            tracked.held.release()
+            tracked.held = None
+
+    def _asked_before(self, request: Request) -> frozenset[bytes]:
+        """Return the keys of a request that an earlier one asked for, and remember them all."""
+        if self._settings.save != "reused":
+            return frozenset()
+        shape = self._shape
+        keys = shape.keys(request.block_hashes, 0, shape.hashed_chunks(request.block_hashes))
+        reused = frozenset(key for key in keys if key in self._asked)
+        for key in keys:
+            self._asked[key] = None
+            self._asked.move_to_end(key)
+        while len(self._asked) > ASKED_MAX:
+            self._asked.popitem(last=False)
+        return reused
+
+
+def _block(block: Any, place: int, group: Group, span: range) -> int:
+    """Return a request's block, SKIP where it has none or its tokens are not in *span*."""
+    begin = place * group.block_tokens
+    outside = begin + group.block_tokens <= span.start or begin >= span.stop
+    return SKIP if outside or block.is_null else int(block.block_id)
+
+
+def _computed_by(step: Any) -> Iterable[tuple[str, int]]:
+    """Yield (request, tokens that are computed once this step is) for all that it computes."""
+    scheduled = step.num_scheduled_tokens
+    for new in step.scheduled_new_reqs:
+        yield new.req_id, new.num_computed_tokens + scheduled.get(new.req_id, 0)
+    cached = step.scheduled_cached_reqs
+    for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+        yield name, computed + scheduled.get(name, 0)
