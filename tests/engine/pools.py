@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from tests.engine.engines import Engine
 from tests.engine.processes import END_S
 
 from cenote.client import Chunk, Event, Pool, connect
@@ -50,6 +51,13 @@ def stored(pool: Pool) -> list[Event]:
 def chunk_of(pool: Pool, event: Event) -> Chunk | None:
     """Lease the chunk that an event tells of; None when it is gone."""
     return pool.open(Token(pool.pool_id, event.ref, event.key[:8]).pack())
+
+
+def store(engine: Engine, pool: Pool, prompts: Sequence[Sequence[int]], chunks: int) -> None:
+    """Have an engine compute prompts, and wait until the pool has so many chunks."""
+    engine.generate(prompts, max_tokens=1)
+    wait_for_chunks(pool, chunks)
+    assert wait_until(engine.reset)  # it refuses while a save is not known to be over
 
 
 def wait_for_chunks(pool: Pool, count: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tests.engine.engines import Engine, cenote_connector
-from tests.engine.pools import chunk_of, chunks_of, stored, wait_for_chunks, wait_until, watching
+from tests.engine.pools import chunk_of, chunks_of, store, stored, wait_until, watching
 from tests.engine.prompts import prompt_of
 
 from cenote.client import Pool
@@ -68,9 +68,7 @@ def test_an_engine_killed_while_it_loads(engines: Engines, model: Models, cenote
     prompts = [prompt_of(1100, seed=seed) for seed in range(16)]
     first = engines(model(), connector=connector)
     with watching(daemon.socket) as pool:
-        first.generate(prompts, max_tokens=1)
-        wait_for_chunks(pool, chunks_of(prompts))
-        assert first.reset()
+        store(first, pool, prompts, chunks_of(prompts))
         first.begin(prompts, max_tokens=4)
         wait_until(lambda: pool.stats().hits > 0)
         first.kill()
@@ -120,9 +118,9 @@ def test_an_engine_outlives_its_daemon_and_finds_the_next(
     oracle = engines(model())
     prompts = [prompt_of(700, seed=seed) for seed in range(6)]
     tokens = [oracle.ask(prompt, max_tokens=6).tokens for prompt in prompts]
-    engine.generate(prompts[:2], max_tokens=1, settle=True)
+    with watching(first.socket) as pool:
+        store(engine, pool, prompts[:2], 4)
     first.kill()
-    assert engine.reset()
     orphaned = [engine.ask(prompt, max_tokens=6).tokens for prompt in prompts]
     assert orphaned == tokens
     second = cenoted(size="128MiB", medium="memfd", path=first.socket)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine.engines import Engine, cenote_connector
-from tests.engine.pools import wait_until, watching
+from tests.engine.pools import store, wait_until, watching
 from tests.engine.prompts import prompt_of
 
 Engines = Callable[..., Engine]
@@ -32,7 +32,9 @@ def test_stored_blocks_are_announced_with_tokens_and_parent(
     connector = cenote_connector(daemon.socket)
     prompt = prompt_of(600)
     engine = engines(model(), connector=connector, events=True)
-    engine.generate([prompt], max_tokens=1, settle=True)
+    with watching(daemon.socket) as pool:
+        store(engine, pool, [prompt], 2)
+    engine.ask(prompt_of(20), max_tokens=1)  # a step takes the events along
     events = wait_until(lambda: len(found := of_pool(engine)) >= 2 and found)
     other = engines(model(), connector=connector, events=True)
     other.ask(prompt, max_tokens=2)
@@ -59,9 +61,9 @@ def test_what_leaves_the_pool_is_withdrawn(
     engine = engines(model(), connector=connector, events=True)
     other = engines(model(), connector=connector)
     for seed in range(6):
-        engine.generate([prompt_of(1100, seed=seed)], max_tokens=1, settle=True)
+        engine.ask(prompt_of(1100, seed=seed), max_tokens=1)
     for seed in range(6, 24):
-        other.generate([prompt_of(1100, seed=seed)], max_tokens=1, settle=True)
+        other.ask(prompt_of(1100, seed=seed), max_tokens=1)
     with watching(daemon.socket) as pool:
         assert pool.stats().evictions > 24
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tests.engine.engines import Engine, EngineFailed, cenote_connector
-from tests.engine.pools import wait_until, watching
+from tests.engine.pools import chunks_of, store, wait_until, watching
 from tests.engine.prompts import prompt_of
 
 Engines = Callable[..., Engine]
@@ -32,8 +32,9 @@ def test_windows(engines: Engines, model: Models, cenoted: Daemons, kind: str, w
         engines(at),
     )
     prompts = [prompt_of(n, seed=n) for n in (300, 700, 1024, 1500, 2100)]
-    for prompt in prompts:
-        one.generate([prompt], max_tokens=1, settle=True)
+    with watching(daemon.socket) as pool:
+        for i, prompt in enumerate(prompts):  # one by one: none is cut within a chunk
+            store(one, pool, [prompt], len(one.groups) * chunks_of(prompts[: i + 1]))
 
     for prompt in prompts:
         assert other.reset()
@@ -61,7 +62,8 @@ def test_a_window_whose_pages_are_gone_ends_the_hit(
         engines(at),
     )
     prompt = prompt_of(600)
-    grown = one.generate([prompt], max_tokens=700, settle=True).one.tokens
+    grown = one.generate([prompt], max_tokens=700).one.tokens
+    assert wait_until(one.reset)
     longer = [*prompt, *grown]
     said = other.ask(longer, max_tokens=8)
     again = oracle.ask(longer, max_tokens=8)
@@ -80,7 +82,7 @@ def test_models_with_a_running_state_are_refused(
     connector = cenote_connector(cenoted(size="64MiB").socket)
 
     with pytest.raises(EngineFailed, match=r"cannot share this model's KV cache"):
-        engines(model(kind), connector=connector)
+        engines(model(kind, seed=None), connector=connector)
 
 
 def test_what_is_stored_of_a_hybrid_is_apart(
@@ -91,7 +93,6 @@ def test_what_is_stored_of_a_hybrid_is_apart(
     """
     daemon = cenoted(size="64MiB")
     engine = engines(model("gemma3"), connector=cenote_connector(daemon.socket))
-    engine.generate([prompt_of(600)], max_tokens=1, settle=True)
     with watching(daemon.socket) as pool:
-        wait_until(lambda: pool.stats().chunks == 4, pool.stats)
+        store(engine, pool, [prompt_of(600)], 4)
         assert pool.stats().namespaces >= 2

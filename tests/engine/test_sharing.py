@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import pytest
 from tests.engine.engines import Answer, Engine, EngineFailed, cenote_connector
-from tests.engine.pools import chunks_of, full, wait_for_chunks, watching
+from tests.engine.pools import chunks_of, full, store, wait_for_chunks, wait_until, watching
 from tests.engine.prompts import prompt_of
 
 Engines = Callable[..., Engine]
@@ -61,9 +61,8 @@ def test_what_one_engine_computed_the_other_loads(
     one, other = (engines(model(), connector=connector) for _ in range(2))
     oracle = engines(model())
     prompts = shared_prompts(PROMPTS, seed=3)
-    one.generate(prompts, max_tokens=1)
     with watching(daemon.socket) as pool:
-        wait_for_chunks(pool, chunks_of(prompts))
+        store(one, pool, prompts, chunks_of(prompts))
 
     wrong = []
     for i, prompt in enumerate(prompts):
@@ -96,8 +95,8 @@ def test_what_many_requests_load_at_once_is_what_each_would(
     for _ in range(2):
         assert plain.reset()
         runs.append([a.tokens for a in plain.generate(prompts, max_tokens=12).answers])
-    engine.generate(prompts, max_tokens=1, settle=True)
-    assert engine.reset()
+    with watching(daemon.socket) as pool:
+        store(engine, pool, prompts, chunks_of(prompts))
     loaded = engine.generate(prompts, max_tokens=12).answers
 
     sure = [i for i in range(len(prompts)) if runs[0][i] == runs[1][i]]
@@ -118,12 +117,11 @@ def test_a_prompt_that_is_all_there(
     engine = engines(model(), connector=connector)
     oracle = engines(model())
     prompt = prompt_of(1024)
-    cold = engine.generate([prompt], max_tokens=8, settle=True).one
-    assert engine.reset()
+    with watching(daemon.socket) as pool:
+        store(engine, pool, [prompt], 4)
     warm = engine.ask(prompt, max_tokens=8)
 
     assert warm.cached == (1024 if transfer == "chunks" else 1023)
-    assert cold.cached == 0
     assert warm.tokens == oracle.ask(prompt, max_tokens=8).tokens
 
 
@@ -137,8 +135,8 @@ def test_only_what_the_engine_lacks_is_loaded(
     engine = engines(model(), connector=cenote_connector(daemon.socket, verify="always"))
     oracle = engines(model())
     prompt = prompt_of(1100)
-    engine.generate([prompt], max_tokens=1, settle=True)
-    assert engine.reset()
+    with watching(daemon.socket) as pool:
+        store(engine, pool, [prompt], 4)
     params: dict[str, Any] = {"kv_transfer_params": {"cenote.max_load_tokens": 0}}
     engine.ask(prompt[:350], max_tokens=1, **params)  # 10 blocks of 32 in its own cache
     warm = engine.ask(prompt, max_tokens=8)
@@ -171,7 +169,8 @@ def test_another_engine_hits_nothing(
     connector = cenote_connector(daemon.socket)
     prompt = prompt_of(700)
     first = engines(model(), connector=connector)
-    first.generate([prompt], max_tokens=1, settle=True)
+    with watching(daemon.socket) as pool:
+        store(first, pool, [prompt], 2)
     first.stop()
     at = model(**changes)
     if changes:  # under the same name
@@ -192,8 +191,10 @@ def test_a_salt_keeps_prompts_apart(engines: Engines, model: Models, cenoted: Da
     daemon = cenoted(size="64MiB")
     engine = engines(model(), connector=cenote_connector(daemon.socket))
     prompt = prompt_of(700)
-    engine.generate([prompt], max_tokens=1, cache_salt="a", settle=True)
-    assert engine.reset()
+    engine.ask(prompt, max_tokens=1, cache_salt="a")
+    with watching(daemon.socket) as pool:
+        wait_for_chunks(pool, 2)
+    assert wait_until(engine.reset)
 
     assert engine.ask(prompt, max_tokens=1, cache_salt="b").cached == 0
     assert engine.reset()

@@ -129,7 +129,7 @@ class Loader:
             _check_complete(held, load, done=0)
             for one in held:
                 if self._is_to_verify(one.chunk):
-                    with _lost(self, one):
+                    with _lost(self, one, done=0):  # nothing has been copied yet
                         if one.chunk.verify():
                             self._remember(one.chunk)
             for layer in layers:
