@@ -29,9 +29,11 @@ def watching(socket: Path) -> Iterator[Pool]:
         yield pool
 
 
-def wait_until(true: Callable[[], Any], what: Callable[[], object] = lambda: "") -> Any:
+def wait_until(
+    true: Callable[[], Any], what: Callable[[], object] = lambda: "", wait_s: float = END_S
+) -> Any:
     """Wait for something that no descriptor tells of; a minute is a hang."""
-    end_s = time.monotonic() + END_S
+    end_s = time.monotonic() + wait_s
     pause = threading.Event()
     while not (found := true()):
         assert time.monotonic() < end_s, f"it did not come to pass: {what()}"
