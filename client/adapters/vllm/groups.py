@@ -17,6 +17,7 @@ from typing import Final
 from .settings import CHUNK_TOKENS
 
 KEY_BYTES: Final = 32
+SKIP: Final = -1  # in a list of block ids: this page is not wanted
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Final
 
 from cenote.client.errors import CenoteError, ChunkLost
 
+from .groups import SKIP
 from .memory import Memory
-from .messages import SKIP, ChunkPages, Era, Load
+from .messages import ChunkPages, Era, Load
 from .settings import LOGGER
 from .stats import Stats
 

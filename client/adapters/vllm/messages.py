@@ -21,7 +21,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from cenote.client.manifest import Value
 
 Fields: TypeAlias = dict[str, Value]
-SKIP = -1  # in a list of block ids: this page is not wanted
 
 
 @dataclass(frozen=True)

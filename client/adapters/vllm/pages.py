@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .messages import SKIP
+from .groups import SKIP
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

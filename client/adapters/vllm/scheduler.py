@@ -20,9 +20,9 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from cenote.client.errors import CenoteError
 
-from .groups import Group, Shape
+from .groups import SKIP, Group, Shape
 from .lookup import Held, Lookup
-from .messages import SKIP, ChunkPages, Era, Fields, Load, Save, StepDone, StepWork
+from .messages import ChunkPages, Era, Fields, Load, Save, StepDone, StepWork
 from .settings import LOGGER, Settings, Wishes
 from .stats import Stats
 
