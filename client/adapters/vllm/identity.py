@@ -196,8 +196,15 @@ def group_fields(
 
 
 def _tensor(tensor: Any) -> list[Any]:
-    """Shape and strides within a block, and the element's type."""
-    return [list(tensor.shape[1:]), list(tensor.stride()[1:]), str(tensor.dtype)]
+    """
+    Shape and strides within a block, and the element's type.
+
+    Without axes of one element: an MLA layer holds the engine's tensor without its axis of heads,
+    and the stride of such an axis moves no byte.
+    """
+    inner = zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+    axes = [(size, stride) for size, stride in inner if size != 1]
+    return [[size for size, _ in axes], [stride for _, stride in axes], str(tensor.dtype)]
 
 
 def _backend(layer: Any) -> str:
