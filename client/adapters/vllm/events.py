@@ -2,18 +2,13 @@
 """
 KV events: what a router may count on finding in this host's pool, and what has left it.
 
-A block is announced when this engine stored it or found it, with its tokens and its parent. It is
-withdrawn when the pool's own feed says that its chunk is gone, whoever did it; where the feed was
-overwritten before it was read, what was announced is looked up again.
+A block is announced when this engine stored it or found it, with its tokens and its parent, and
+withdrawn when its chunk is gone, whoever did it: announced.py.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm.distributed.kv_events import MEDIUM_CPU, BlockRemoved, BlockStored
@@ -23,33 +18,17 @@ from vllm.v1.core.kv_cache_utils import (
     to_event_extra_keys,
 )
 
-from cenote.client import Gap
-from cenote.client.errors import CenoteError
-
+from .announced import Announced
 from .groups import Shape
 from .lookup import Lookup
-from .settings import LOGGER
 
 if TYPE_CHECKING:
     from cenote.client import Event, Pool
 
-log = logging.getLogger(LOGGER)
-
-ANNOUNCED_MAX: Final = 1 << 18  # chunks
-LOOKS_MAX: Final = 64  # for a chunk that was stored and cannot be seen
-
-
-@dataclass
-class Unsure:
-    """What is to be announced once it is seen in the pool."""
-
-    event: BlockStored
-    looks: int = 0
-
 
 class Events:
     """
-    What was announced, and what is to be said. The scheduler's thread and the follower's share it.
+    What was announced, and what is to be said.
 
     Args:
         shape: How tokens become chunks.
@@ -59,59 +38,31 @@ class Events:
     def __init__(self, shape: Shape, lookup: Lookup) -> None:
         self._shape: Final = shape
         self._lookup: Final = lookup
-        self._announced: OrderedDict[bytes, tuple[Any, ...]] = OrderedDict()
-        self._unsure: dict[bytes, Unsure] = {}
-        self._said: list[BlockStored | BlockRemoved] = []
-        self._lock: Final = threading.Lock()
-
-    # ---- the scheduler's thread ------------------------------------------------------------------
+        self._announced: Final = Announced(
+            self._is_there,
+            self._key_of,
+            lambda hashes: BlockRemoved(block_hashes=list(hashes), medium=MEDIUM_CPU),
+        )
 
     def available(self, request: Any, chunks: Iterable[int]) -> None:
         """Note chunks of a request that can be had; take() says so once they are seen there."""
         for chunk in chunks:
             key = self._shape.key(request.block_hashes, chunk)
-            if key in self._announced:
-                self._announced.move_to_end(key)
-            elif key not in self._unsure:
-                self._unsure[key] = Unsure(self._stored(request, chunk))
+            if not self._announced.knows(key):
+                stored = self._stored(request, chunk)
+                self._announced.offer(key, stored, tuple(stored.block_hashes))
 
     def take(self) -> list[BlockStored | BlockRemoved]:
         """Return what is to be published."""
-        for key, unsure in list(self._unsure.items()):
-            self._confirm(key, unsure)
-        if not self._said:
-            return []
-        with self._lock:
-            said, self._said = self._said, []
-        return said
-
-    def _confirm(self, key: bytes, unsure: Unsure) -> None:
-        """
-        Announce a chunk that is there.
-
-        First announced, then looked for: what leaves before the look is seen by the look, what
-        leaves after it by the follower, which finds it announced.
-        """
-        with self._lock:
-            self._announced[key] = tuple(unsure.event.block_hashes)
-        if self._is_there(key):
-            with self._lock:
-                self._said.append(unsure.event)
-                while len(self._announced) > ANNOUNCED_MAX:
-                    self._withdraw(next(iter(self._announced)))
-            del self._unsure[key]
-            return
-        with self._lock:
-            self._announced.pop(key, None)
-        unsure.looks += 1  # the daemon links what was committed a moment later
-        if unsure.looks >= LOOKS_MAX:
-            del self._unsure[key]
+        return self._announced.take()
 
     def forget(self) -> None:
         """Withdraw all that was announced."""
-        with self._lock:
-            for key in list(self._announced):
-                self._withdraw(key)
+        self._announced.forget()
+
+    def follow(self, pool: Pool) -> None:
+        """Begin to follow a pool's feed; it ends when the pool is closed."""
+        self._announced.follow(pool)
 
     def _stored(self, request: Any, chunk: int) -> BlockStored:
         shape = self._shape
@@ -136,48 +87,10 @@ class Events:
             extra_keys=to_event_extra_keys(extra) if any(extra) else None,
         )
 
-    def _withdraw(self, key: bytes) -> None:
-        """Say that a chunk is gone; the lock is held."""
-        hashes = self._announced.pop(key, None)
-        if hashes is not None:
-            self._said.append(BlockRemoved(block_hashes=list(hashes), medium=MEDIUM_CPU))
-
-    # ---- the follower's thread -------------------------------------------------------------------
-
-    def follow(self, pool: Pool) -> None:
-        """Begin to follow a pool's feed; it ends when the pool is closed."""
-        threading.Thread(
-            target=self._follow, args=(pool,), name="cenote events", daemon=True
-        ).start()
-
-    def _follow(self, pool: Pool) -> None:
-        try:
-            for event in pool.events():
-                self._take_in(event)
-        except CenoteError as error:
-            log.info("cenote: the pool's events end: %s", error)
-            self.forget()
-
-    def _take_in(self, event: Event | Gap) -> None:
-        if isinstance(event, Gap) or event.kind == "cleared":
-            self._look_again()
-        elif event.kind in {"evicted", "deleted"} and self._lookup.is_ours(event.namespace_id):
-            with self._lock:
-                self._withdraw(event.key)
-
-    def _look_again(self) -> None:
-        """Withdraw every chunk that is not there any more."""
-        with self._lock:
-            keys = list(self._announced)
-        gone = [key for key in keys if not self._is_there(key)]
-        with self._lock:
-            for key in gone:
-                self._withdraw(key)
+    def _key_of(self, event: Event) -> bytes | None:
+        return event.key if self._lookup.is_ours(event.namespace_id) else None
 
     def _is_there(self, key: bytes) -> bool:
         """Have the groups that need every chunk this one?"""
         full = [group for group in self._shape.groups if not group.window]
-        try:
-            return all(self._lookup.has(group, key) for group in full or self._shape.groups)
-        except CenoteError:
-            return False
+        return all(self._lookup.has(group, key) for group in full or self._shape.groups)
