@@ -17,11 +17,14 @@ VERIFY: Final = ("never", "first", "always")
 SAVE: Final = ("all", "reused", "none")
 TRANSFER: Final = ("chunks", "layers")
 PREFIX: Final = "cenote."  # of the keys of a request's kv_transfer_params
-# The stock OffloadingConnector's own keys, which its specs see beside ours.
+# What the stock OffloadingConnector itself reads, beside the settings of its specs: of vLLM 0.32,
+# and since 0.33 the last. canonical_layout is none of them: cenote stores the engine's own layout.
 OFFLOADING_KEYS: Final = frozenset(
     {"spec_name", "spec_module_path", "block_size", "blocks_per_chunk", "offload_prompt_only"}
-    | {"self_describing_kv_events", "store_threshold", "max_offload_tokens"}
+    | {"self_describing_kv_events", "sync_load_budget_bytes"}
 )
+# What is decided by the stock connector, and not by a spec of it.
+NOT_OFFLOADING: Final = frozenset({"min_load_tokens", "transfer"})
 
 
 @dataclass(frozen=True)
@@ -48,23 +51,29 @@ class Settings:
     transfer: str = "chunks"
 
     @classmethod
-    def parse(cls, given: Mapping[str, Any], also: frozenset[str] = frozenset()) -> Settings:
+    def parse(
+        cls,
+        given: Mapping[str, Any],
+        also: frozenset[str] = frozenset(),
+        without: frozenset[str] = frozenset(),
+    ) -> Settings:
         """
         Read what the operator wrote.
 
         Args:
             given: kv_connector_extra_config.
             also: Keys that are not ours and belong to somebody.
+            without: Ours that mean nothing here.
 
         Raises:
             ValueError: A key is unknown or a value is out of range; it names the right ones.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in without]
         unknown = sorted(set(given) - set(names) - also)
         if unknown:
             raise ValueError(
                 f"kv_connector_extra_config has {', '.join(map(repr, unknown))}, which cenote does "
-                f"not know: it takes {', '.join(names)}"
+                f"not know: it takes {', '.join((*names, *sorted(also)))}"
             )
         made = cls(**{name: given[name] for name in names if name in given})
         made._check()
