@@ -93,7 +93,18 @@ class Lookup:
 
     def is_ours(self, namespace_id: bytes) -> bool:
         """Is it one of this engine's namespaces?"""
-        return any(cache.id == namespace_id for caches in self._open.values() for cache in caches)
+        return self.group_of(namespace_id) is not None
+
+    def group_of(self, namespace_id: bytes) -> int | None:
+        """Return which group's namespace it is; None: no namespace of this engine."""
+        for group, caches in self._open.items():
+            if any(cache.id == namespace_id for cache in caches):
+                return group
+        return None
+
+    def caches(self, group: int) -> Sequence[Cache]:
+        """Return a group's namespaces, one for each rank whose bytes differ; () until ready."""
+        return self._open.get(group, ())
 
     def hit(self, hashes: Sequence[bytes], first: int, end: int) -> Held | None:
         """

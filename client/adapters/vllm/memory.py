@@ -33,6 +33,7 @@ class Memory:
         ValueError: The device or the placement is none that cenote knows.
 
     Attributes:
+        chunk_tokens: Tokens of a chunk.
         copier: Copies between the two.
         layouts: Of each group's chunks.
         fields: Of each group's manifest, but for the era's.
@@ -52,7 +53,7 @@ class Memory:
         from vllm.distributed.parallel_state import get_tp_group
 
         self._attachment: Final = attachment
-        self._chunk_tokens: Final = shape.chunk_tokens
+        self.chunk_tokens: Final = shape.chunk_tokens
         self._manifests: dict[tuple[Era, int], Manifest] = {}
         self.copier: Final[Copier] = copier_for(next(iter(kv_caches.values())).device)
         first = get_tp_group().rank_in_group == 0
@@ -71,8 +72,12 @@ class Memory:
 
     def cache(self, era: Era, group: int) -> Cache | None:
         """Return a group's namespace; None while there is no pool."""
+        return self._attachment.open(self.manifest(era, group))
+
+    def manifest(self, era: Era, group: int) -> Manifest:
+        """Return what a group's namespace is for."""
         manifest = self._manifests.get((era, group))
         if manifest is None:
-            manifest = manifest_of(self.fields[group], era, self._chunk_tokens)
+            manifest = manifest_of(self.fields[group], era, self.chunk_tokens)
             self._manifests[era, group] = manifest
-        return self._attachment.open(manifest)
+        return manifest

@@ -96,7 +96,7 @@ class Save:
         number: Names it in the answer.
         pages: What to store, from where.
         parent: The key that it follows.
-        position: Its place in the chain.
+        position: Its place in the chain; None: unknown.
         priority: As for `Cache.put`.
         ttl_s: As for `Cache.put`.
     """
@@ -104,7 +104,7 @@ class Save:
     number: int
     pages: ChunkPages
     parent: bytes | None
-    position: int
+    position: int | None
     priority: int
     ttl_s: int | None
 
