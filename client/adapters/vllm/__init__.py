@@ -5,6 +5,7 @@ vLLM's KV cache, shared by every engine on the host and outliving each of them.
     vllm serve MODEL --kv-transfer-config '{"kv_connector": "CenoteConnector", "kv_role": "kv_both",
         "kv_connector_module_path": "cenote.client.adapters.vllm"}'
 
+CenoteOffloadingSpec is the same pool behind vLLM's stock OffloadingConnector (offloading.py).
 docs/engines.md has the settings, what was run with which release, and the caveats.
 """
 
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .connector import CenoteConnector
+    from .offloading import CenoteOffloadingSpec
 
-__all__ = ["CenoteConnector"]
+__all__ = ["CenoteConnector", "CenoteOffloadingSpec"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from .connector import CenoteConnector
 
         return CenoteConnector
+    if name == "CenoteOffloadingSpec":
+        from .offloading import CenoteOffloadingSpec
+
+        return CenoteOffloadingSpec
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
