@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -50,6 +51,7 @@ from cenote.client import Pool  # noqa: E402
 
 TOKENS: Final = 2048
 TOKENS_MAX: Final = 16 * 1024
+TERMINATED: Final = 128 + signal.SIGTERM
 BLOCK_TOKENS: Final = 128
 ANSWER_TOKENS: Final = 16
 ELEMENT_BYTES: Final = 4  # float32: that an answer is the same must not hang on rounding
@@ -172,7 +174,8 @@ class Demo:
             what,
             first.one.ttft_s or first.wall_s,
             first.cpu_s,
-            self.tokens - first.one.cached,
+            # vLLM computes the last token again, for what follows it
+            max(1, self.tokens - first.one.cached),
             first.one.cached,
             answer.tokens,
         )
@@ -277,6 +280,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and return its exit status."""
     options = parse(argv)
+    # the daemon and what lies in /dev/shm must not outlive it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     folder, began_s = Path(tempfile.mkdtemp(prefix="cenote-demo-")), time.monotonic()
 
     def say(text: str) -> None:

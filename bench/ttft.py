@@ -29,6 +29,7 @@ import contextlib
 import itertools
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -58,6 +59,7 @@ from tests.engine.prompts import prompt_of  # noqa: E402
 
 OUT: Final = ROOT / "build" / "bench" / "ttft.json"
 VARIANTS: Final = ("off", "example", "cenote")
+TERMINATED: Final = 128 + signal.SIGTERM
 BLOCK_TOKENS: Final = 128  # what vLLM takes on CPUs when nobody says
 SKIP_SAVE: Final = {"cenote.skip_save": True}
 HITS: Final = 3  # of a stored prompt: they are cheap
@@ -303,6 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no vLLM at {PYTHON}: run `make setup-vllm`, or set CENOTE_VLLM_PYTHON")
     plan = plan_of(quick=options.quick, rounds=options.rounds)
     facts = _facts(plan)
+    # the daemon and what lies in /dev/shm must not outlive it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     folder = Path(tempfile.mkdtemp(prefix="cenote-ttft-"))
     bench = Bench(plan, folder)
     try:

@@ -23,6 +23,7 @@ import ctypes
 import json
 import multiprocessing.connection
 import os
+import select
 import selectors
 import signal
 import socket
@@ -34,9 +35,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-PR_SET_PDEATHSIG: Final = 1
 PR_SET_CHILD_SUBREAPER: Final = 36
 CPUCLOCK_SCHED: Final = 2
+TRACKER: Final = "multiprocessing.resource_tracker"  # in its command line
 IDLE_LOOK_S: Final = 0.05  # between two looks at the CPU clocks of an engine that may be idle
 IDLE_CPU_S: Final = 0.003  # of a window of this length: an idle engine wakes up now and then
 EVENTS_LOOK_MS: Final = 100
@@ -100,8 +101,7 @@ class Host:
 
         (core,) = [p.pid for p in self.engine.engine_core.resources.engine_manager.processes]
         below = psutil.Process(core).children(recursive=True)
-        # spawn has a helper, too
-        workers = [p.pid for p in below if "resource_tracker" not in " ".join(p.cmdline())]
+        workers = [p.pid for p in below if TRACKER not in " ".join(p.cmdline())]
         named = {f"worker{i}": pid for i, pid in enumerate(workers)}
         return {"host": os.getpid(), "core": core, **named}
 
@@ -312,11 +312,12 @@ def serve(channel: socket.socket, *, forked: bool) -> None:
             print(trace, file=sys.stderr, flush=True)
             say({"ok": False, "kind": type(error).__name__, "error": str(error), "trace": trace})
             if host is None:
-                return
+                break
         else:
             say({"ok": True, **answer})
         if name == "stop":
             return
+    _kill_below()
 
 
 def _prepare(channel: socket.socket, options: dict[str, Any], *, forked: bool) -> None:
@@ -326,6 +327,8 @@ def _prepare(channel: socket.socket, options: dict[str, Any], *, forked: bool) -
     os.dup2(log, 2)
     os.close(log)
     os.environ.update(options["environment"])
+    channel.set_inheritable(False)
+    threading.Thread(target=_end_with, args=[channel], daemon=True).start()
     if not forked:
         return
     # Engine processes must not keep the channel open: its end says that this process ended.
@@ -340,6 +343,30 @@ def _prepare(channel: socket.socket, options: dict[str, Any], *, forked: bool) -
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 
     platform.check_and_update_config = staticmethod(and_fork)
+
+
+def _end_with(channel: socket.socket) -> None:
+    """
+    End this engine, all of its processes, when whoever asked for it is gone.
+
+    However that one ended, and whatever this one waits for. vLLM ends its processes when it ends in
+    order, but when this process is killed its scheduler lives on.
+    """
+    poll = select.poll()
+    poll.register(channel, select.POLLRDHUP)
+    poll.poll()
+    _kill_below()
+    os._exit(1)
+
+
+def _kill_below() -> None:
+    """SIGKILL to what this process started."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if TRACKER not in " ".join(process.cmdline()):  # it removes what they leave in /dev/shm
+                process.kill()
 
 
 def nursery(path: Path) -> None:
@@ -390,7 +417,6 @@ def _newborn(channel: socket.socket, *inherited: Any) -> None:
     """What a forked host does; it never returns."""
     status = 1
     try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for thing in inherited:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from tests.engine.engines import START_S, Connector, Engine, EngineFailed
-from tests.engine.processes import engine_environment, host_command, kill_and_wait, wait_gone
+from tests.engine.processes import engine_environment, kill_and_wait, nursery_command, wait_gone
 
 FORK: Final = os.environ.get("CENOTE_VLLM_FORK", "yes") != "no"
 
@@ -75,7 +75,7 @@ class Nursery:
         if self._process is None:
             with log_path.open("ab") as log:
                 self._process = subprocess.Popen(
-                    host_command("--nursery", str(path)),
+                    nursery_command(path),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -104,7 +104,6 @@ class Nursery:
             process.wait()
             assert process.stdout is not None
             process.stdout.close()
-            # its hosts die with it; the kernel tells them
             wait_gone([pid for engine in self._engines for pid in engine.pids.values()])
 
     def __enter__(self) -> Self:

@@ -18,12 +18,18 @@ import psutil
 HERE: Final = Path(__file__).resolve().parent
 ROOT: Final = HERE.parent.parent
 PYTHON: Final = Path(os.environ.get("CENOTE_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
+TRACKER: Final = b"multiprocessing.resource_tracker"  # in its command line
 END_S: Final = 60.0  # a limit for a hang, not a claim about speed
 
 
 def host_command(*arguments: str) -> list[str]:
-    """The command of an engine host, which the kernel kills when the thread that starts it ends."""
-    argv = [str(PYTHON), str(HERE / "engine_host.py"), *arguments]
+    """The command of an engine host, which ends with its channel."""
+    return [str(PYTHON), str(HERE / "engine_host.py"), *arguments]
+
+
+def nursery_command(path: Path) -> list[str]:
+    """The command of a nursery, which the kernel kills when the thread that starts it ends."""
+    argv = host_command("--nursery", str(path))
     setpriv = shutil.which("setpriv")  # util-linux; without it only a regular end is clean
     return [setpriv, "--pdeathsig", "KILL", *argv] if setpriv else argv
 
@@ -65,17 +71,29 @@ def descendants(pids: Iterable[int]) -> list[int]:
 
 
 def kill_and_wait(pids: Iterable[int], wait_s: float = END_S) -> None:
-    """SIGKILL to each, and wait until all of them are gone. RuntimeError when one is not."""
-    doomed = list(dict.fromkeys(pids))
-    with _pidfds(doomed) as descriptors:
-        for descriptor in descriptors.values():
+    """
+    SIGKILL to each, and wait until all of them are gone. RuntimeError when one is not.
+
+    Resource trackers of Python's multiprocessing are spared: when everybody else is dead they
+    remove the names in /dev/shm that were left there, and end by themselves.
+    """
+    with _pidfds(dict.fromkeys(pids)) as descriptors:
+        for pid, descriptor in descriptors.items():
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                if not _is_tracker(pid):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
         left = _wait(descriptors, wait_s)
     if left:
         raise RuntimeError(
             f"processes {left} live {wait_s:g} s after SIGKILL: are they in D state?"
         )
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        return TRACKER in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def wait_gone(pids: Iterable[int], wait_s: float = END_S) -> bool:

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 from tests.engine.engines import Engine, EngineFailed, example_connector
+from tests.engine.processes import wait_gone
 from tests.engine.prompts import prompt_of
 
 Engines = Callable[..., Engine]
@@ -101,6 +105,55 @@ def test_a_killed_process_of_an_engine_is_an_error(
         engine.ask(prompt_of(64), max_tokens=1)
     engine.close()
     assert all(engine.wait_dead(name) for name in engine.pids)
+
+
+def names_mapped(pids: Iterable[int]) -> set[Path]:
+    """The names in /dev/shm that processes of vLLM have mapped."""
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return {Path(found[1]) for line in lines if (found := re.search(r"(/dev/shm/psm_\S+)", line))}
+
+
+def test_a_killed_engine_leaves_nothing(engines: Engines, model: Models) -> None:
+    """
+    After kill() no process and no name in /dev/shm is left of an engine.
+    """
+    engine = engines(model())
+    names = names_mapped(engine.pids.values())
+    assert names
+    engine.kill()
+
+    assert all(engine.wait_dead(name) for name in engine.pids)
+    assert not [name for name in names if name.exists()]
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_an_engine_ends_with_whoever_started_it(
+    model: Models, tmp_path: Path, project_root: Path, busy: bool
+) -> None:
+    """
+    SIGKILL of the process that uses an engine ends all of the engine, also within a request.
+    """
+    script = f"""
+import sys
+sys.path.append({str(project_root)!r})
+from pathlib import Path
+from tests.engine.nursery import Nursery
+engine = Nursery(Path({str(tmp_path)!r})).start(Path({str(model())!r}))
+if {busy}:
+    engine.begin([[5] * 100], max_tokens=3000)
+print(*engine.pids.values(), flush=True)
+engine.collect(["r1"]) if {busy} else sys.stdin.read()
+"""
+    argv = [sys.executable, "-c", script]
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 3
+        process.kill()
+
+    assert wait_gone(pids)
 
 
 def test_requests_can_be_begun_aborted_and_batched(engines: Engines, model: Models) -> None:
