@@ -2,7 +2,8 @@
 """
 From the engine's pages into the pool: a chunk at a time, whole or layer by layer.
 
-Nobody waits for room: what does not fit is not cached, and is counted.
+A copying thread waits for room, no request does, and only for a moment: a session's first extents
+come when it first asks for one. What does not fit is not cached, and is counted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from cenote.client import Put
 
 log = logging.getLogger(LOGGER)
+
+SAVE_WAIT_MS: Final = 100
 
 
 @dataclass
@@ -141,7 +144,7 @@ class Saver:
             position=save.position,
             priority=save.priority,
             ttl_s=save.ttl_s,
-            wait_ms=0,
+            wait_ms=SAVE_WAIT_MS,
         )
         return put, False
 
