@@ -224,11 +224,18 @@ class Host:
         return {"done": bool(self.llm.reset_prefix_cache(running, connector))}
 
     def stats(self) -> Answer:
-        """vLLM's own metrics: counters and gauges by name, summed over labels."""
+        """
+        vLLM's own metrics by name: counters, gauges and the sums of histograms, over all labels.
+
+        As /metrics shows them: LLM.get_metrics() makes whole numbers of counters, and so seconds 0.
+        """
+        from prometheus_client import REGISTRY
+
         found: dict[str, float] = collections.defaultdict(float)
-        for metric in self.llm.get_metrics():
-            value = getattr(metric, "value", None)
-            found[metric.name] += float(getattr(metric, "sum", 0) if value is None else value)
+        for family in REGISTRY.collect():
+            for sample in family.samples:
+                if sample.name in {family.name, f"{family.name}_total", f"{family.name}_sum"}:
+                    found[family.name] += sample.value
         return {"stats": dict(found)}
 
     def events(self, since: int, at_least: int, wait_s: float) -> Answer:

@@ -56,6 +56,33 @@ def test_a_damaged_chunk_is_computed_again(
     assert "is damaged" in engine.log()
 
 
+def test_what_was_computed_on_a_failed_load_is_not_stored(
+    engines: Engines, model: Models, cenoted: Daemons
+) -> None:
+    """
+    Layer by layer a load may fail beside the computing that needs it: a chunk that was completed in
+    that step, from what was not there, must not get into the pool. Nor what another request
+    computed in it on the same blocks.
+    """
+    daemon = cenoted(size="64MiB", medium="memfd")
+    connector = cenote_connector(daemon.socket, verify="always", transfer="layers")
+    engine = engines(model(), connector=connector)
+    oracle = engines(model())
+    head = prompt_of(1024)
+    prompts = [[*head, *prompt_of(300, seed=seed)] for seed in (1, 2)]
+    with watching(daemon.socket) as pool:
+        store(engine, pool, [head], 4)
+        damage(pool, stored(pool)[1], region_of(daemon.pid, 64 * MIB))
+        engine.generate(prompts, max_tokens=1)
+        assert wait_until(engine.reset)
+        engine.generate(prompts, max_tokens=4)
+        assert wait_until(engine.reset)
+        again = engine.generate(prompts, max_tokens=8).answers
+
+    assert [a.cached for a in again] == [1280, 1280]
+    assert [a.tokens for a in again] == [oracle.ask(p, max_tokens=8).tokens for p in prompts]
+
+
 def test_without_verification_nothing_is_compared(
     engines: Engines, model: Models, cenoted: Daemons
 ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -55,8 +55,7 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     groups: tuple[Fields, ...]
 
 
-@dataclass(frozen=True)
-class ChunkPages:
+class ChunkPages(NamedTuple):
     """
     A chunk and where its pages are in the engine.
 
@@ -71,8 +70,7 @@ class ChunkPages:
     blocks: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """
     Chunks to be copied into the engine's blocks for one request.
 
@@ -87,8 +85,7 @@ class Load:
     in_step: bool
 
 
-@dataclass(frozen=True)
-class Save:
+class Save(NamedTuple):
     """
     One chunk to be stored.
 

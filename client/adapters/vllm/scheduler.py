@@ -69,6 +69,7 @@ class ChunkAt(NamedTuple):
     group: Group
     number: int
     key: bytes
+    parent: bytes | None
 
 
 @dataclass
@@ -119,6 +120,7 @@ class Scheduler:
         self._tracked: dict[str, Tracked] = {}
         self._unplaced: dict[str, Tracked] = {}  # matched in this step, not placed yet
         self._loads: list[Load] = []
+        self._loading_in_step: set[str] = set()
         self._orphans: dict[str, Held] = {}  # of requests that finished while they were loaded
         self._saving: dict[int, Saving] = {}
         self._saving_keys: set[tuple[int, bytes]] = set()
@@ -160,7 +162,7 @@ class Scheduler:
             lookups=1,
             asked_tokens=max(0, request.num_tokens - computed),
             hit_tokens=tokens,
-            lookup_seconds=time.perf_counter() - started_s,
+            scheduler_seconds=time.perf_counter() - started_s,
         )
         return tokens
 
@@ -222,12 +224,16 @@ class Scheduler:
         if tokens == 0:
             self._let_go(tracked)
             return
+        started_s = time.perf_counter()
         span = range(tracked.computed, tracked.computed + tokens)
         chunks = tuple(self._planned(tracked.held, blocks.blocks, span))
         self._loads.append(Load(request.request_id, chunks, self._in_step))
         tracked.loading = True
+        if self._in_step:
+            self._loading_in_step.add(request.request_id)
         if self._announcer is not None:
             self._announcer.available(request, range(tracked.held.first, tracked.held.end))
+        self.stats.add(scheduler_seconds=time.perf_counter() - started_s)
 
     def _planned(self, held: Held, tables: Any, span: range) -> Iterable[ChunkPages]:
         """Yield the chunks of a load with their blocks; those outside of *span* tokens are SKIP."""
@@ -247,9 +253,17 @@ class Scheduler:
         self._unplaced.clear()
         work = StepWork(self._era, self._loads, [], idle=step.total_num_scheduled_tokens == 0)
         self._loads = []
-        if self._settings.save != "none" and self._lookup.ready and self._blocks is not None:
-            for name, computed in _computed_by(step):
-                self._plan_saves(work.saves, name, computed, step)
+        if self._settings.save == "none" or self._blocks is None or not self._lookup.ready:
+            return work
+        if self._loading_in_step:
+            # Until such a load is known to have gone well, this request and whoever shares its
+            # blocks may be computing on nothing: what comes of that must not be stored.
+            return work
+        started_s = time.perf_counter()
+        for name, computed in _computed_by(step):
+            self._plan_saves(work.saves, name, computed, step)
+        if work.saves or work.loads:
+            self.stats.add(scheduler_seconds=time.perf_counter() - started_s)
         return work
 
     def _plan_saves(self, saves: list[Save], name: str, computed: int, step: Any) -> None:
@@ -266,42 +280,48 @@ class Scheduler:
             return
         keys = shape.keys(request.block_hashes, first, end)
         there = min(self._lookup.prefix(group, keys) for group in shape.groups)
-        for chunk in range(first + there, end):
-            key = keys[chunk - first]
+        before = len(self._saving)
+        for number in range(first + there, end):
+            key = keys[number - first]
             if self._settings.save == "reused" and key not in tracked.reused:
                 continue
+            parent = keys[number - first - 1] if number > first else self._parent(request, number)
             for group in shape.groups:
-                table = tables[group.index]
-                places = shape.blocks_of(group, chunk)
-                if places.stop <= len(table):
-                    pages = [self._blocks.blocks[table[i]] for i in places]
-                    self._plan_save(saves, tracked, ChunkAt(group, chunk, key), pages)
+                at = ChunkAt(group, number, key, parent)
+                save = self._plan_save(tracked, at, tables[group.index])
+                if save is not None:
+                    saves.append(save)
         tracked.next_save = end
+        if len(self._saving) > before:
+            planned = list(self._saving.values())[before:]
+            self._blocks.touch([page for saving in planned for page in saving.blocks])
 
-    def _plan_save(
-        self, saves: list[Save], tracked: Tracked, at: ChunkAt, pages: list[Any]
-    ) -> None:
-        group, chunk, key = at
+    def _parent(self, request: Request, number: int) -> bytes | None:
+        return self._shape.key(request.block_hashes, number - 1) if number else None
+
+    def _plan_save(self, tracked: Tracked, at: ChunkAt, table: Sequence[int]) -> Save | None:
+        """Plan to store a group's share of a chunk; None when it is not, or cannot be."""
+        places = self._shape.blocks_of(at.group, at.number)
+        index = at.group.index
+        if places.stop > len(table) or (index, at.key) in self._saving_keys:
+            return None
+        pages = [self._blocks.blocks[block] for block in table[places.start : places.stop]]
         # A window's pages go as soon as it has moved on: such a chunk is not stored.
-        if any(page.is_null for page in pages) or (group.index, key) in self._saving_keys:
-            return
-        if self._too_many() or self._lookup.has(group, key):
-            return
+        if any(page.is_null for page in pages) or self._too_many():
+            return None
+        if self._lookup.has(at.group, at.key):
+            return None
         self._saves += 1
-        self._blocks.touch(pages)
         self._saving_blocks += len(pages)
-        self._saving[self._saves] = Saving(tracked.request, chunk, group.index, key, pages)
-        self._saving_keys.add((group.index, key))
-        hashes, wishes = tracked.request.block_hashes, tracked.wishes
-        saves.append(
-            Save(
-                self._saves,
-                ChunkPages(key, group.index, tuple(page.block_id for page in pages)),
-                self._shape.key(hashes, chunk - 1) if chunk else None,
-                chunk,
-                wishes.priority,
-                wishes.ttl_s,
-            )
+        self._saving[self._saves] = Saving(tracked.request, at.number, index, at.key, pages)
+        self._saving_keys.add((index, at.key))
+        return Save(
+            self._saves,
+            ChunkPages(at.key, index, tuple(page.block_id for page in pages)),
+            at.parent,
+            at.number,
+            tracked.wishes.priority,
+            tracked.wishes.ttl_s,
         )
 
     def _too_many(self) -> bool:
@@ -320,6 +340,7 @@ class Scheduler:
             self._count(number, stored, failed)
 
     def _loaded(self, name: str) -> None:
+        self._loading_in_step.discard(name)
         orphan = self._orphans.pop(name, None)
         if orphan is not None:
             orphan.release()

@@ -14,7 +14,7 @@ COUNTERS: Final = {
     "lookups": "Requests that were looked up in the pool",
     "asked_tokens": "Tokens of these requests that the engine did not hold itself",
     "hit_tokens": "Of them, tokens that were offered to the engine from the pool",
-    "lookup_seconds": "Time that lookups took in the scheduler",
+    "scheduler_seconds": "Time that lookups and plans took in the engine's scheduler",
     "loads": "Requests for which something was loaded",
     "loaded_bytes": "Bytes copied from the pool into the engine's KV cache",
     "load_seconds": "Time that a copying thread spent loading",
