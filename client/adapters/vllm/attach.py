@@ -54,12 +54,21 @@ class Attachment:
         self._wake = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="cenote attach", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look for the daemon. Whoever is told of the pool must be ready by then."""
         self._thread.start()
 
     @property
     def pool(self) -> Pool | None:
         """The pool, once it was reached."""
         return self._pool
+
+    @property
+    def storing(self) -> bool:
+        """Would a chunk be taken now? Not without a daemon, and not from a reader."""
+        pool = self._pool
+        return pool is not None and pool.connected and pool.role != "reader"
 
     def want(self, manifests: Sequence[Manifest]) -> None:
         """Have these namespaces opened as soon as there is a pool."""

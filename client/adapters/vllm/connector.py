@@ -26,7 +26,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from .attach import Attachment
 from .events import Events
 from .groups import Shape
-from .identity import engine_fields, era_of, groups_of
+from .identity import Refused, engine_fields, era_of, groups_of
 from .lookup import Lookup
 from .messages import StepDone, StepWork, WorkerFacts
 from .metrics import ConnectorStats, PromMetrics
@@ -76,7 +76,8 @@ class CenoteConnector(KVConnectorBase_V1, SupportsHMA):
         shape = shape_of(vllm_config, kv_cache_config, self._settings)
         if role == KVConnectorRole.SCHEDULER:
             self._kv_transfer_config.kv_load_failure_policy = "recompute"
-            self._begin_scheduler(vllm_config, shape)
+            self._attachment = Attachment(self._settings.socket, "vllm scheduler", self._follow)
+            self._scheduler = self._made_scheduler(vllm_config, shape)
         else:
             self._attachment = Attachment(
                 self._settings.socket, "vllm worker", self._worker_attached
@@ -84,27 +85,25 @@ class CenoteConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker = Worker(
                 self._settings, shape, engine_fields(vllm_config), self._attachment
             )
+        self._attachment.start()
 
-    def _begin_scheduler(self, vllm_config: VllmConfig, shape: Shape) -> None:
-        events = vllm_config.kv_events_config
-        announcing = events is not None and events.enable_kv_cache_events
-        self._attachment = Attachment(
-            self._settings.socket, "vllm scheduler", self._follow if announcing else None
-        )
+    def _made_scheduler(self, vllm_config: VllmConfig, shape: Shape) -> Scheduler:
         lookup = Lookup(shape, self._attachment)
-        self._scheduler = Scheduler(
+        scheduler = Scheduler(
             self._settings,
             shape,
             lookup,
             era_of(vllm_config),
             workers=vllm_config.parallel_config.world_size,
             drop_tokens=_dropped_tokens(vllm_config, shape),
+            loads=self._kv_transfer_config.is_kv_consumer,
+            saves=self._kv_transfer_config.is_kv_producer,
         )
-        if announcing:
+        events = vllm_config.kv_events_config
+        if events is not None and events.enable_kv_cache_events:
             self._events = Events(shape, lookup)
-            self._scheduler.announce_by(self._events)
-            if self._attachment.pool is not None:
-                self._events.follow(self._attachment.pool)
+            scheduler.announce_by(self._events)
+        return scheduler
 
     def _worker_attached(self, pool: Any) -> None:
         if self._worker is not None:
@@ -326,9 +325,18 @@ def shape_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: 
     """
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
-    ranks = vllm_config.parallel_config.decode_context_parallel_size
-    groups = groups_of(kv_cache_config, ranks)
-    _, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
+    parallel = vllm_config.parallel_config
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        raise Refused(
+            "cenote does not know how prefill context parallelism spreads a prompt over ranks: "
+            "serve with prefill_context_parallel_size=1, or without CenoteConnector"
+        )
+    groups = groups_of(
+        kv_cache_config, parallel.decode_context_parallel_size, parallel.tensor_parallel_size
+    )
+    hash_tokens = getattr(kv_cache_config, "hash_block_size", None)
+    if hash_tokens is None:
+        _, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
     return Shape.of(groups, hash_tokens, settings.chunk_tokens)
 
 

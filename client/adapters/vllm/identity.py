@@ -49,13 +49,14 @@ def digest(value: Any) -> str:
 # ---- groups -------------------------------------------------------------------------------------
 
 
-def groups_of(config: Any, context_ranks: int) -> list[Group]:
+def groups_of(config: Any, context_ranks: int, tensor_ranks: int = 1) -> list[Group]:
     """
     Read vLLM's KVCacheConfig.
 
     Args:
         config: It.
         context_ranks: Ranks that share a sequence's KV (decode context parallelism).
+        tensor_ranks: Ranks that share the model's heads.
 
     Raises:
         Refused: A group's state cannot be taken apart by tokens, or is not a model's layer's.
@@ -63,6 +64,9 @@ def groups_of(config: Any, context_ranks: int) -> list[Group]:
     from vllm.v1.core.kv_cache_utils import resolve_dcp_kv_block_size
     from vllm.v1.kv_cache_interface import get_kv_cache_spec_kind, get_kv_cache_spec_sliding_window
 
+    # vLLM knows whether all tensor-parallel ranks hold the same: MLA does, unless its context is
+    # spread over the ranks.
+    replicated = tensor_ranks > 1 and getattr(config, "kv_tp_replicas", 1) == tensor_ranks
     groups = []
     for index, group in enumerate(config.kv_cache_groups):
         spec = group.kv_cache_spec
@@ -86,7 +90,7 @@ def groups_of(config: Any, context_ranks: int) -> list[Group]:
                 resolve_dcp_kv_block_size(spec, context_ranks),
                 window,
                 tuple(group.layer_names),
-                replicated="mla" in kind,
+                replicated=replicated,
             )
         )
     if not groups:
@@ -125,7 +129,8 @@ def engine_fields(vllm_config: Any) -> Fields:
         "config": digest(known),
         "rope": digest({n: v for n, v in known.items() if "rope" in n or "position" in n}),
         "quantization": str(model.quantization or ""),
-        "kv_scales": bool(getattr(cache, "calculate_kv_scales", False)),
+        # Scales that an engine finds out as it runs are its own: nobody else can read its KV.
+        "kv_scales": uuid.uuid4().hex if getattr(cache, "calculate_kv_scales", False) else "",
         "window_off": bool(getattr(model, "disable_sliding_window", False)),
         "speculative": _speculative(vllm_config),
         "engine": "vllm " + ".".join(vllm.__version__.split(".")[:2]),
@@ -180,7 +185,17 @@ def group_fields(
         layout: Its chunks.
         kv_caches: The engine's tensor of each layer.
         layers: The engine's attention layers by name (static_forward_context).
+
+    Raises:
+        Refused: CPU attention does not say how it packs keys.
     """
+    backend = ",".join(sorted({_backend(layers.get(name)) for name in group.layers}))
+    isa = ",".join(sorted({_isa(layers.get(name)) for name in group.layers}))
+    if "CPU_ATTN" in backend and not isa:
+        raise Refused(
+            "cenote cannot tell how this release of vLLM packs the KV cache on CPUs: its attention "
+            "layers have no `isa`. Serve without CenoteConnector; docs/engines.md has the releases"
+        )
     return {
         "layout": f"{FORMAT} {config.kv_cache_layout or 'as the tensors say'}",
         "group": group.index,
@@ -189,9 +204,9 @@ def group_fields(
         "page_bytes": layout.nbytes // layout.blocks,
         "pages": digest([[run.layers, run.nbytes] for run in layout.runs]),
         "tensors": digest([_tensor(kv_caches[layer]) for layer in group.layers]),
-        "backend": ",".join(sorted({_backend(layers.get(name)) for name in group.layers})),
+        "backend": backend,
         # CPU attention packs keys for the instruction set that it found (vec, amx, neon …).
-        "isa": ",".join(sorted({str(_isa(layers.get(name))) for name in group.layers})),
+        "isa": isa,
     }
 
 
@@ -211,8 +226,8 @@ def _backend(layer: Any) -> str:
     return str(layer.get_attn_backend().get_name()) if layer is not None else "unknown"
 
 
-def _isa(layer: Any) -> Any:
-    return getattr(layer, "isa", "")
+def _isa(layer: Any) -> str:
+    return str(getattr(layer, "isa", ""))
 
 
 def rank_fields(group: Group) -> Fields:

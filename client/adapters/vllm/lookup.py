@@ -91,6 +91,11 @@ class Lookup:
         self._open = {i: [each for each in ranks if each] for i, ranks in opened.items()}
         return True
 
+    @property
+    def storing(self) -> bool:
+        """Would the pool take a chunk now?"""
+        return self.ready and self._attachment.storing
+
     def is_ours(self, namespace_id: bytes) -> bool:
         """Is it one of this engine's namespaces?"""
         return self.group_of(namespace_id) is not None

@@ -101,6 +101,7 @@ class Manager(OffloadingManager):
         self._storing: set[OffloadKey] = set()
         self._offered: OrderedDict[OffloadKey, str] = OrderedDict()
         self._rendezvous: Final = Rendezvous(engine_id, workers, self._own_pool, self._learn)
+        self._attachment.start()
 
     # ---- who the workers are ---------------------------------------------------------------------
 

@@ -98,7 +98,9 @@ class CenoteOffloadingSpec(OffloadingSpec):
             ValueError: As for get_worker().
         """
         ranks = vllm_config.parallel_config.decode_context_parallel_size
-        shape = Shape.of(groups_of(cache_config, ranks), self.tokens_per_hash, self._chunk_tokens)
+        tensor_ranks = vllm_config.parallel_config.tensor_parallel_size
+        groups = groups_of(cache_config, ranks, tensor_ranks)
+        shape = Shape.of(groups, self.tokens_per_hash, self._chunk_tokens)
         layers = vllm_config.compilation_config.static_forward_context
         tensors = layer_tensors(shape, layers, kv_caches)
         copiers: list[Memory] = []
@@ -116,6 +118,7 @@ class CenoteOffloadingSpec(OffloadingSpec):
             attachment=attachment,
         )
         copiers.append(memory)
+        attachment.start()
         return Worker(
             memory,
             attachment,

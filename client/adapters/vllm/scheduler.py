@@ -96,6 +96,8 @@ class Scheduler:
         era: What keys mean.
         workers: How many there are.
         drop_tokens: Tokens before a hit's end that are computed again (speculative decoding).
+        loads: Is this engine to load (kv_role)?
+        saves: Is it to store?
     """
 
     def __init__(
@@ -107,6 +109,8 @@ class Scheduler:
         *,
         workers: int,
         drop_tokens: int = 0,
+        loads: bool = True,
+        saves: bool = True,
     ) -> None:
         self._settings: Final = settings
         self._shape: Final = shape
@@ -114,6 +118,8 @@ class Scheduler:
         self._era = era
         self._workers: Final = workers
         self._drop_tokens: Final = drop_tokens
+        self._loads_at_all: Final = loads
+        self._saves_at_all: Final = saves and settings.save != "none"
         self._facts: dict[tuple[int, int], Sequence[Fields]] = {}
         self._blocks: Any = None  # vLLM's BlockPool
         self._announcer: Announcer | None = None
@@ -154,7 +160,9 @@ class Scheduler:
         """
         tracked = self._track(request)
         self._let_go(tracked)
-        if tracked.failed or request.skip_reading_prefix_cache or not self._lookup.ready:
+        if tracked.failed or request.skip_reading_prefix_cache:
+            return 0
+        if not self._loads_at_all or not self._lookup.ready:
             return 0
         started_s = time.perf_counter()
         tokens = self._hit(tracked, computed)
@@ -253,7 +261,7 @@ class Scheduler:
         self._unplaced.clear()
         work = StepWork(self._era, self._loads, [], idle=step.total_num_scheduled_tokens == 0)
         self._loads = []
-        if self._settings.save == "none" or self._blocks is None or not self._lookup.ready:
+        if not self._saves_at_all or self._blocks is None or not self._lookup.storing:
             return work
         if self._loading_in_step:
             # Until such a load is known to have gone well, this request and whoever shares its
