@@ -27,7 +27,7 @@ class Sample:
     tokens: int
     ttft_s: float
     cpu_s: float  # until the first token: engine and daemon
-    settled_cpu_s: float  # until both were idle again
+    settled_cpu_s: float  # with work that was put off until after it
     daemon_cpu_s: float
     cached: int
     token: int
@@ -96,16 +96,13 @@ def _saving(samples: Samples, tokens: int, off: Samples) -> Iterator[Row]:
     saved, unsaved = (samples.of("cenote", state, tokens) for state in ("cold", "unsaved"))
     if not saved or not unsaved:
         return
-    # Work after the first token counts. So does the second that an idle worker spins, in both of a
-    # round: taken off, for it would hide what is looked for.
-    costs = [
-        with_save.settled_cpu_s - (without.settled_cpu_s - without.cpu_s)
-        for with_save, without in zip(saved, unsaved, strict=True)
-    ]
+    costs = [s.settled_cpu_s for s in saved]  # copies that were made after the first token, too
+    plain = [s.settled_cpu_s for s in unsaved]
     value = statistics.median(costs)
-    ratio = statistics.median(c / w.cpu_s for c, w in zip(costs, unsaved, strict=True))
+    ratio = statistics.median(c / p for c, p in zip(costs, plain, strict=True))
     what = f"cold and stored, {tokens:,} tokens: CPU"
-    yield Row(what, value, "s", unsaved.cpu(), "the same engine, not stored", ratio, SAVING)
+    beside = statistics.median(plain)
+    yield Row(what, value, "s", beside, "the same engine, not stored", ratio, SAVING)
     ttft = statistics.median(a.ttft_s / b.ttft_s for a, b in zip(saved, unsaved, strict=True))
     yield Row(
         f"cold and stored, {tokens:,} tokens: TTFT",
@@ -116,6 +113,6 @@ def _saving(samples: Samples, tokens: int, off: Samples) -> Iterator[Row]:
         ttft,
     )
     if off:
-        yield Row(
-            what, value, "s", off.cpu(), "an engine without connector", value / off.cpu(), SAVING
-        )
+        alone = statistics.median(s.settled_cpu_s for s in off)
+        name = "an engine without connector"
+        yield Row(what, value, "s", alone, name, value / alone, SAVING)

@@ -196,7 +196,7 @@ class Bench:
     def warm_up(self, engine: Engine, variant: str) -> None:
         """What only the first request of an engine pays."""
         self.ask(engine, variant, "warm-up", prompt_of(min(self.plan.series), seed=-1))
-        engine.reset()
+        _forget(engine)
 
     # ---- variants -------------------------------------------------------------------------------
 
@@ -208,7 +208,7 @@ class Bench:
                 prompt = prompt_of(tokens, seed=self._seed())
                 self.ask(engine, "off", "cold", prompt)
                 self.ask(engine, "off", "own", prompt)
-                engine.reset()
+                _forget(engine)
             self._ratios(engine, "off")
 
     def example(self) -> None:
@@ -252,22 +252,23 @@ class Bench:
 
     def _stored(self, engine: Engine, variant: str, prompt: Sequence[int]) -> None:
         for _ in range(self.plan.hits):
-            engine.reset()
+            _forget(engine)
             self.ask(engine, variant, "stored", prompt, skip_save=True)
-        engine.reset()
+        _forget(engine)
 
     def _ratios(self, engine: Engine, variant: str) -> None:
         """The longest prompt, of which so much per cent is there already."""
         longest = self.plan.longest
         base = prompt_of(longest, seed=self._seed())
         engine.ask(base, max_tokens=1)
+        engine.wait_until_idle()
         for ratio in RATIOS:
             if variant == "cenote":
-                engine.reset()
+                _forget(engine)
             shared = longest * ratio // 100
             prompt = [*base[:shared], *prompt_of(longest - shared, seed=self._seed())]
             self.ask(engine, variant, "ratio", prompt, skip_save=True, shared=shared)
-        engine.reset()
+        _forget(engine)
 
     def _all_prompts(self) -> list[int]:
         """The length of each prompt: those of the bars several times, others once."""
@@ -277,6 +278,12 @@ class Bench:
     def _seed(self) -> int:
         """A prompt that nobody has seen."""
         return next(self._seeds)
+
+
+def _forget(engine: Engine) -> None:
+    """Empty the engine's own prefix cache; what is measured next must not come from there."""
+    if not engine.reset():
+        raise RuntimeError("vLLM did not reset its prefix cache: blocks are in use; see its log")
 
 
 def _facts(plan: Plan) -> dict[str, Any]:

@@ -53,6 +53,16 @@ def cpu_s(pid: int) -> float:
     return 0.0
 
 
+def helpers_cpu_s(pid: int) -> float:
+    """CPU time of the threads of a process that live, the main one left out; 0.0: it is gone."""
+    found = 0
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            if task.name != str(pid):
+                found += int((task / "schedstat").read_text().split()[0])
+    return found / 1e9
+
+
 class Host:
     """
     The engine and the requests to it.
@@ -88,10 +98,12 @@ class Host:
         vLLM notices that death, and fails what comes after it; a synchronous client that waits
         already would wait for ever.
         """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         client = self.engine.engine_core
         (core,) = client.resources.engine_manager.processes
         multiprocessing.connection.wait([core.sentinel])
-        client.outputs_queue.put_nowait(RuntimeError("the scheduler's process ended"))
+        client.outputs_queue.put_nowait(EngineDeadError())
 
     # ---- who is there ---------------------------------------------------------------------------
 
@@ -188,8 +200,9 @@ class Host:
         begin() and collect(), with the CPU time that it took.
 
         watch: other processes whose CPU time is counted (the daemon's).
-        settle: wait until the engine is idle, and say what it had used by then, too: work that was
-            put off, and a second of spinning in which workers wait for the next request.
+        settle: wait until the engine is idle, and say what it had used by then, too. Of work that
+            was put off, that is: the main threads, which spin for a second or two before they
+            sleep, count until the last token only.
         """
         watched = {**self._pids, **{f"pid{pid}": pid for pid in watch}}
         before = {name: cpu_s(pid) for name, pid in watched.items()}
@@ -199,8 +212,15 @@ class Host:
         used = {name: cpu_s(pid) - before[name] for name, pid in watched.items()}
         answer = {"answers": answers, "wall_s": wall_s, "cpu": used}
         if settle:
+            clock = {
+                name: cpu_s if pid in watch else helpers_cpu_s for name, pid in watched.items()
+            }
+            since = {name: clock[name](pid) for name, pid in watched.items()}
             self._wait_until_idle([pid for name, pid in watched.items() if name != "host"])
-            answer["settled"] = {name: cpu_s(pid) - before[name] for name, pid in watched.items()}
+            answer["settled"] = {
+                name: used[name] + max(0.0, clock[name](pid) - since[name])
+                for name, pid in watched.items()
+            }
         return answer
 
     @staticmethod

@@ -75,7 +75,7 @@ class Batch:
     answers: tuple[Answer, ...]
     wall_s: float
     cpu: Mapping[str, float]  # seconds by process: host, core, worker0, pid<N>
-    settled: Mapping[str, float] = field(default_factory=dict)  # the same until it was idle
+    settled: Mapping[str, float] = field(default_factory=dict)  # ... and work that was put off
 
     @property
     def cpu_s(self) -> float:
@@ -84,7 +84,7 @@ class Batch:
 
     @property
     def settled_cpu_s(self) -> float:
-        """The same until the engine was idle again."""
+        """The same, with work that was put off until after the last token."""
         return sum(self.settled.values())
 
     @property
@@ -259,7 +259,7 @@ class Engine:
             prompts: Token ids.
             each: Sampling parameters for each prompt, over *params*.
             watch: Processes whose CPU time is counted besides.
-            settle: Wait until the engine is idle, and count that, too: `settled` has it.
+            settle: Wait until the engine is idle, and count work put off, too: `settled` has it.
             wait_s: How long; then EngineHung.
             params: Of vllm.SamplingParams, for all: max_tokens, seed, logprobs, ...;
                 kv_transfer_params goes into extra_args.
