@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +16,8 @@ OF_EXAMPLE: Final = 1 / 2
 OF_OWN: Final = 1.0
 # ... and what storing it may add to computing it.
 SAVING: Final = 1.03
+# What a lookup and its plans may add to a step of the scheduler.
+SCHEDULER_MS: Final = 0.3
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,15 @@ def rows(samples: Samples, lengths: Sequence[int]) -> list[Row]:
     return [row for tokens in lengths for row in _at(samples, tokens)]
 
 
+def scheduler_rows(spent: Mapping[str, Sequence[float]], tokens: int) -> Iterator[Row]:
+    """Time in the scheduler for a prompt, all of its steps together."""
+    for state, name in (("new", "nothing is there, all is stored"), ("there", "all is there")):
+        if spent[state]:
+            value = statistics.median(spent[state]) * 1000
+            what = f"added to the scheduler, {tokens:,} tokens, {name}"
+            yield Row(what, value, "ms", bar=SCHEDULER_MS, bar_on="value")
+
+
 def _at(samples: Samples, tokens: int) -> Iterator[Row]:
     """One length."""
     cold, own = samples.of("off", "cold", tokens), samples.of("off", "own", tokens)
@@ -70,6 +81,13 @@ def _at(samples: Samples, tokens: int) -> Iterator[Row]:
         ours = samples.of("cenote", state, tokens)
         if ours:
             yield from _against(f"{name}, {tokens:,} tokens", ours, cold, own, example)
+    layers = samples.of("layers", "stored", tokens)
+    if layers and (whole := samples.of("cenote", "stored", tokens)):
+        what, name = f"in the pool, layer by layer, {tokens:,} tokens", "whole chunks"
+        yield Row(f"{what}: CPU", layers.cpu(), "s", whole.cpu(), name, layers.cpu() / whole.cpu())
+        yield Row(
+            f"{what}: TTFT", layers.ttft(), "s", whole.ttft(), name, layers.ttft() / whole.ttft()
+        )
     yield from _saving(samples, tokens, cold)
 
 

@@ -6,7 +6,8 @@ What does a prompt cost a real vLLM engine until its first token, with and witho
     python bench/ttft.py [--quick] [--variants off,example,cenote] [--rounds N] [--out FILE]
 
 Variants: `off` has no connector; `example` is vLLM's own ExampleConnector over a folder in shared
-memory; `cenote` is ours over a daemon of its own. One engine at a time, started as vLLM starts it,
+memory; `cenote` is ours over a daemon of its own; `layers` is ours with transfer = "layers"; and
+`scheduler` is what ours adds to the scheduler's steps, with a small model. One engine at a time, started as vLLM starts it,
 with one thread for computing in all of them. States of a prompt:
 
     cold        never seen; with cenote it is also stored
@@ -58,9 +59,13 @@ from tests.engine.processes import PYTHON  # noqa: E402
 from tests.engine.prompts import prompt_of  # noqa: E402
 
 OUT: Final = ROOT / "build" / "bench" / "ttft.json"
-VARIANTS: Final = ("off", "example", "cenote")
+VARIANTS: Final = ("off", "example", "cenote", "layers", "scheduler")
 TERMINATED: Final = 128 + signal.SIGTERM
 BLOCK_TOKENS: Final = 128  # what vLLM takes on CPUs when nobody says
+OURS: Final = ("cenote", "layers")
+STEPS: Final = 5  # prompts of the scheduler's row
+TINY: Final = prompt_of(16, seed=-2)
+SCHEDULER_S: Final = "vllm:cenote_scheduler_seconds"
 SKIP_SAVE: Final = {"cenote.skip_save": True}
 HITS: Final = 3  # of a stored prompt: they are cheap
 # Downwards, so that what an engine evicts of the first prompt is not asked for any more.
@@ -125,6 +130,7 @@ class Bench:
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.plan, self.folder = plan, folder
         self.samples = Samples()
+        self.spent: dict[str, list[float]] = {"new": [], "there": []}
         self.model = make_model(folder / "model", "llama", plan.shape, dtype="bfloat16", seed=None)
         self._watch: list[int] = []
         self._seeds = itertools.count(1)
@@ -133,11 +139,13 @@ class Bench:
     # ---- engines --------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def engine(self, variant: str, connector: Connector | None) -> Iterator[Engine]:
+    def engine(
+        self, variant: str, connector: Connector | None, model: Path | None = None
+    ) -> Iterator[Engine]:
         """An engine of a variant."""
         begun_s = time.monotonic()
         engine = Engine.start(
-            self.model,
+            model or self.model,
             connector=connector,
             dtype="bfloat16",
             block_size=BLOCK_TOKENS,
@@ -168,7 +176,7 @@ class Bench:
     ) -> Sample:
         """Ask for one token, wait until the engine is idle again, and note what it cost."""
         params: dict[str, Any] = {}
-        if skip_save and variant == "cenote":
+        if skip_save and variant in OURS:
             params["kv_transfer_params"] = SKIP_SAVE
         batch: Batch = engine.generate(
             [prompt], max_tokens=1, watch=self._watch, settle=True, **params
@@ -250,6 +258,45 @@ class Bench:
                         self.ask(engine, "cenote", "first", prompt)
             self._watch = []
 
+    def layers(self) -> None:
+        """Ours layer by layer: storing and loading."""
+        with PrivateDaemon(self.plan.pool_bytes, medium="memfd") as daemon:
+            self._watch = [daemon.pid]
+            connector = cenote_connector(daemon.socket, transfer="layers")
+            with self.engine("layers", connector) as engine:
+                self.warm_up(engine, "layers")
+                for tokens in self.plan.lengths:
+                    prompt = prompt_of(tokens, seed=self._seed())
+                    self.ask(engine, "layers", "cold", prompt)
+                    self._stored(engine, "layers", prompt)
+            self._watch = []
+
+    def scheduler(self) -> None:
+        """Ours: time in the scheduler for the longest prompt, new and there."""
+        tokens, shape = self.plan.longest, Shape(max_tokens=self.plan.shape.max_tokens)
+        small = make_model(self.folder / "small", "llama", shape, dtype="bfloat16", seed=None)
+        with PrivateDaemon(512 * MIB, medium="memfd") as daemon:
+            connector = cenote_connector(daemon.socket)
+            with self.engine("scheduler", connector, model=small) as engine:
+                self.warm_up(engine, "cenote")
+                for _ in range(STEPS):
+                    prompt = prompt_of(tokens, seed=self._seed())
+                    self.spent["new"].append(self._spent(engine, prompt))
+                    _forget(engine)
+                    self.spent["there"].append(self._spent(engine, prompt))
+                    _forget(engine)
+
+    def _spent(self, engine: Engine, prompt: Sequence[int]) -> float:
+        """Seconds in the scheduler for one prompt; the counters come with a step after it."""
+        counted = []
+        for asked in ([], prompt):
+            if asked:
+                engine.ask(asked, max_tokens=1)
+                engine.wait_until_idle()
+            engine.ask(TINY, max_tokens=2)
+            counted.append(engine.stats().get(SCHEDULER_S, 0.0))
+        return counted[1] - counted[0]
+
     def _stored(self, engine: Engine, variant: str, prompt: Sequence[int]) -> None:
         for _ in range(self.plan.hits):
             _forget(engine)
@@ -322,6 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         found: list[Row] = _ttft_rows.rows(bench.samples, plan.lengths)
+        found += _ttft_rows.scheduler_rows(bench.spent, plan.longest)
         kept = {
             "bench": "ttft",
             **facts,
