@@ -7,8 +7,8 @@ What does a prompt cost a real vLLM engine until its first token, with and witho
 
 Variants: `off` has no connector; `example` is vLLM's own ExampleConnector over a folder in shared
 memory; `cenote` is ours over a daemon of its own; `layers` is ours with transfer = "layers"; and
-`scheduler` is what ours adds to the scheduler's steps, with a small model. One engine at a time, started as vLLM starts it,
-with one thread for computing in all of them. States of a prompt:
+`scheduler` is what ours adds to the scheduler's steps, with a small model. One engine at a time,
+started as vLLM starts it, with one thread for computing in all of them. States of a prompt:
 
     cold        never seen; with cenote it is also stored
     unsaved     the same in the same engine, turn by turn with cold, told not to store it
