@@ -259,4 +259,5 @@ def era_of(vllm_config: Any) -> Era:
 
 def manifest_of(fields: Mapping[str, Value], era: Era, chunk_tokens: int) -> Manifest:
     """Return the manifest of one group of one rank."""
-    return Manifest(**{**fields, **era.fields(), "chunk_tokens": chunk_tokens})  # type: ignore[arg-type]
+    known: dict[str, Any] = {**fields, **era.fields(), "chunk_tokens": chunk_tokens}
+    return Manifest(**known)

@@ -2,8 +2,9 @@
 """
 What the connector's two halves tell each other, by way of the engine.
 
-Scheduler and workers are processes of one engine; the engine pickles these. Nothing here comes from
-anybody else.
+Scheduler and workers are processes of one engine; the engine pickles these. Nothing here comes
+from anybody else. vLLM's base classes for them are marks without content that it never looks for, so
+that these do without, and the two halves can be tested without vLLM.
 """
 
 from __future__ import annotations
@@ -11,12 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
-
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorHandshakeMetadata,
-    KVConnectorMetadata,
-    KVConnectorWorkerMetadata,
-)
 
 from cenote.client.manifest import Value
 
@@ -44,7 +39,7 @@ class Era:
 
 
 @dataclass
-class WorkerFacts(KVConnectorHandshakeMetadata):
+class WorkerFacts:
     """
     A worker's share of the identity, once its KV cache exists.
 
@@ -107,7 +102,7 @@ class Save(NamedTuple):
 
 
 @dataclass
-class StepWork(KVConnectorMetadata):
+class StepWork:
     """What the workers have to do with one step of the engine."""
 
     era: Era
@@ -117,7 +112,7 @@ class StepWork(KVConnectorMetadata):
 
 
 @dataclass
-class StepDone(KVConnectorWorkerMetadata):
+class StepDone:
     """
     What workers have done since they said so last.
 
@@ -133,9 +128,8 @@ class StepDone(KVConnectorWorkerMetadata):
     failed: set[str] = field(default_factory=set)
     in_step: set[str] = field(default_factory=set)
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> StepDone:
-        """Return what both say together."""
-        assert isinstance(other, StepDone)
+    def aggregate(self, other: StepDone) -> StepDone:
+        """Return what both say together. vLLM calls it, with one worker's after the other's."""
         return StepDone(
             _summed(self.saved, other.saved),
             _summed(self.unsaved, other.unsaved),
