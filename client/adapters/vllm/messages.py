@@ -3,8 +3,8 @@
 What the connector's two halves tell each other, by way of the engine.
 
 Scheduler and workers are processes of one engine; the engine pickles these. Nothing here comes
-from anybody else. vLLM's base classes for them are marks without content that it never looks for, so
-that these do without, and the two halves can be tested without vLLM.
+from anybody else. vLLM's base classes for them are marks without content that it never looks for:
+these do without, so that the two halves can be tested without vLLM.
 """
 
 from __future__ import annotations
