@@ -33,7 +33,7 @@ from .wire import close_all
 if TYPE_CHECKING:
     from _cffi_backend import CData
 
-VERSION: Final = "0.1.0"
+VERSION: Final = "0.2.0"
 SERVER: Final = f"cenote/{VERSION}"
 SESSIONS_MAX: Final = _core.lib.CN_SESSIONS_MAX
 NOBODY: Final = 2**32 - 1
