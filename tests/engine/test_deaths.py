@@ -28,7 +28,10 @@ def check_every_chunk(pool: Pool) -> int:
     return len(chunks)
 
 
-@pytest.mark.parametrize("chunks", [1, 7, 20])
+@pytest.mark.parametrize(
+    "chunks",
+    [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(20, marks=pytest.mark.slow)],
+)
 def test_an_engine_killed_while_it_saves(
     engines: Engines, model: Models, cenoted: Daemons, chunks: int
 ) -> None:

@@ -14,12 +14,13 @@ from tests.engine.engines import Engine, EngineFailed, example_connector
 from tests.engine.processes import wait_gone
 from tests.engine.prompts import prompt_of
 
+SLOW = pytest.mark.slow  # by hand: an engine more each
 Engines = Callable[..., Engine]
 Models = Callable[..., Path]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "mistral"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=SLOW)])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", pytest.param("mistral", marks=SLOW)])
 def test_tokens_are_those_of_every_start(
     engines: Engines, model: Models, kind: str, dtype: str
 ) -> None:
@@ -40,7 +41,10 @@ def test_tokens_are_those_of_every_start(
     assert len(set(found)) == 1, found
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "mistral"])
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", pytest.param("qwen2", marks=SLOW), "gemma3", pytest.param("mistral", marks=SLOW)],
+)
 def test_tokens_depend_on_what_lies_far_behind(engines: Engines, model: Models, kind: str) -> None:
     """
     Another block of 32 tokens anywhere within reach of the model changes what it says: so a block

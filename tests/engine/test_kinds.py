@@ -17,7 +17,10 @@ Models = Callable[..., Path]
 Daemons = Callable[..., Any]
 
 
-@pytest.mark.parametrize(("kind", "window"), [("gemma3", 256), ("gemma3", 700), ("mistral", 300)])
+@pytest.mark.parametrize(
+    ("kind", "window"),
+    [("gemma3", 256), pytest.param("gemma3", 700, marks=pytest.mark.slow), ("mistral", 300)],
+)
 def test_windows(engines: Engines, model: Models, cenoted: Daemons, kind: str, window: int) -> None:
     """
     A hybrid of full attention and sliding window, and a model of windows alone: another engine
