@@ -17,6 +17,7 @@ VERIFY: Final = ("never", "first", "always")
 SAVE: Final = ("all", "reused", "none")
 TRANSFER: Final = ("chunks", "layers")
 PREFIX: Final = "cenote."  # of the keys of a request's kv_transfer_params
+SHOWN_MAX: Final = 64  # characters of a value in a log line
 # What the stock OffloadingConnector itself reads, beside the settings of its specs: of vLLM 0.32,
 # and since 0.33 the last. canonical_layout is none of them: cenote stores the engine's own layout.
 OFFLOADING_KEYS: Final = frozenset(
@@ -111,7 +112,7 @@ class Wishes:
     ttl_s: int | None = None
 
     @classmethod
-    def parse(cls, params: Mapping[str, Any] | None) -> Wishes:
+    def parse(cls, params: Mapping[Any, Any] | None) -> Wishes:
         """
         Read a request's parameters. What is wrong is logged and left out, never an error.
 
@@ -121,20 +122,28 @@ class Wishes:
             return NO_WISHES
         good: dict[str, Any] = {}
         for key, value in params.items():
-            name = str(key).removeprefix(PREFIX)
-            if name == str(key):
+            if not isinstance(key, str) or not key.startswith(PREFIX):
                 continue
+            name = key.removeprefix(PREFIX)
             if name in _ACCEPTED and _ACCEPTED[name](value):
                 good[name] = value
             else:
                 log.warning(
-                    "kv_transfer_params: %s=%r is left out: cenote takes cenote.skip_save (true or "
-                    "false), cenote.max_load_tokens (0 or more), cenote.priority (-128 to 127) and "
+                    "kv_transfer_params: %s: %s is left out: cenote takes cenote.skip_save (true "
+                    "or false), cenote.max_load_tokens (0 or more), cenote.priority (-128 to 127) and "
                     "cenote.ttl_s (1 or more seconds)",
-                    str(key)[:64],
-                    str(value)[:64],
+                    _shown(key),
+                    _shown(value),
                 )
         return cls(**good) if good else NO_WISHES
+
+
+def _shown(value: object) -> str:
+    """Return a stranger's value for the log: on one line, short, whatever it is."""
+    try:
+        return repr(value)[:SHOWN_MAX]
+    except Exception:  # noqa: BLE001  # nested too deeply, too long a number
+        return f"a {type(value).__name__}"
 
 
 def _whole(low: int, high: int) -> Any:
