@@ -189,9 +189,9 @@ def test_a_wrong_wish_does_not_spoil_the_right_ones(caplog: pytest.LogCaptureFix
         assert Wishes.parse(given) == Wishes(ttl_s=60)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2
-    assert "'cenote.priority': 200" in said[0]
+    assert "cenote.priority=200" in said[0]
     assert "-128 to 127" in said[0]
-    assert "'cenote.skip_sav': 1" in said[1]
+    assert "cenote.skip_sav=1" in said[1]
 
 
 def test_what_belongs_to_others_is_not_mentioned(caplog: pytest.LogCaptureFixture) -> None:

@@ -129,10 +129,10 @@ class Wishes:
                 good[name] = value
             else:
                 log.warning(
-                    "kv_transfer_params: %s: %s is left out: cenote takes cenote.skip_save (true "
-                    "or false), cenote.max_load_tokens (0 or more), cenote.priority (-128 to 127) and "
+                    "kv_transfer_params: %s=%s is left out: cenote takes cenote.skip_save (true or "
+                    "false), cenote.max_load_tokens (0 or more), cenote.priority (-128 to 127) and "
                     "cenote.ttl_s (1 or more seconds)",
-                    _shown(key),
+                    _shown(key).strip("'\""),
                     _shown(value),
                 )
         return cls(**good) if good else NO_WISHES
