@@ -203,6 +203,21 @@ def test_a_short_hit_is_computed(pool: Pool, least: int | None, offered: int) ->
     bed.scheduler.finished(request)
 
 
+def test_tokens_that_a_draft_head_needs_are_computed_again(pool: Pool) -> None:
+    """
+    drop_tokens before the hit's end: they have no block yet, and are not loaded.
+    """
+    bed = bed_with(pool, drop_tokens=BLOCK)
+    request = bed.request("r", 5 * CHUNK)
+    assert bed.matched_and_placed(request) == 4 * CHUNK - BLOCK
+    (load,) = bed.work().loads
+    ids = [block.block_id for block in bed.tables["r"][0]]
+    assert len(ids) == 7
+    assert load.chunks[-1].blocks == (ids[6], SKIP)
+    bed.scheduler.done(["r"], None)
+    assert pool.leases == 0
+
+
 def test_a_request_that_reads_no_prefix_is_offered_nothing(pool: Pool) -> None:
     """
     Such as one that wants the logits of its whole prompt; nor does an engine that only stores.

@@ -248,7 +248,7 @@ class Scheduler:
         for group in self._shape.groups:
             for number in range(self._lookup.first_needed(group, held), held.end):
                 places = self._shape.blocks_of(group, number)
-                wanted = tuple(_block(tables[group.index][i], i, group, span) for i in places)
+                wanted = tuple(_block(tables[group.index], i, group, span) for i in places)
                 if any(each != SKIP for each in wanted):
                     yield ChunkPages(held.keys[number - held.first], group.index, wanted)
 
@@ -442,11 +442,12 @@ class Scheduler:
         return reused
 
 
-def _block(block: Any, place: int, group: Group, span: range) -> int:
+def _block(table: Sequence[Any], place: int, group: Group, span: range) -> int:
     """Return a request's block, SKIP where it has none or its tokens are not in *span*."""
     begin = place * group.block_tokens
-    outside = begin + group.block_tokens <= span.start or begin >= span.stop
-    return SKIP if outside or block.is_null else int(block.block_id)
+    if begin + group.block_tokens <= span.start or begin >= span.stop:
+        return SKIP  # behind the span there may be no block yet (drop_tokens)
+    return SKIP if table[place].is_null else int(table[place].block_id)
 
 
 def _computed_by(step: Any) -> Iterable[tuple[str, int]]:
