@@ -441,6 +441,37 @@ def test_a_chunk_that_misses_a_layer_is_not_stored(
     assert memory.only().match(key(0)) == 1
 
 
+def test_a_layer_given_twice_does_not_stand_for_another(memory: Memory, stats: Stats) -> None:
+    """
+    As many bytes as a chunk has are not yet the chunk's bytes.
+    """
+    saver = saver_of(memory, stats)
+    save = save_of(0)
+    saver.begin(ERA, [save])
+    for layer in ("a", "b", "b"):
+        saver.layer(layer, None)
+    assert saver.end() == [(save, False)]
+    memory.only().flush()
+    assert memory.only().match(key(0)) == 0
+
+
+def test_a_layer_given_again_is_still_the_chunk(memory: Memory, stats: Stats) -> None:
+    """
+    Such as a layer that an engine runs twice: the last time counts.
+    """
+    saver = saver_of(memory, stats)
+    save = save_of(0)
+    saver.begin(ERA, [save])
+    for layer in (*LAYERS, "b"):
+        saver.layer(layer, None)
+        memory.pages[0, 1, 0:2] += 1
+    memory.pages[0, 1, 0:2] -= 1
+    assert saver.end() == [(save, True)]
+    memory.only().flush()
+    assert loader_of(memory, stats).load(ERA, load_of((0, (8, 9)))) == set()
+    assert np.array_equal(memory.pages[:, :, 8:10], memory.pages[:, :, 0:2])
+
+
 def test_a_duplicate_by_layers_is_a_success(memory: Memory, stats: Stats) -> None:
     """
     Nothing is reserved for what is there.

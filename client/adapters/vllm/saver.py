@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from cenote.client.errors import CenoteError
@@ -36,7 +36,7 @@ class Open:
     save: Save
     put: Put | None  # None: there is nothing to store, or nowhere
     stored: bool  # what to report when nothing was to be stored
-    filled: int = 0  # bytes
+    filled: set[str] = field(default_factory=set)  # layers
 
 
 class Saver:
@@ -100,7 +100,7 @@ class Saver:
             try:
                 pieces = layout.pieces(one.save.pages.blocks, runs)
                 self._memory.copier.save(one.put, pieces, ready)
-                one.filled += int(pieces.lengths.sum())
+                one.filled.add(layer)
             except (CenoteError, OSError) as error:
                 one.put.abort()
                 one.put, one.stored = None, self._not_saved(error)
@@ -115,9 +115,11 @@ class Saver:
         if one.put is None:
             return one.stored
         try:
-            if one.filled != one.put.nbytes:  # the engine skipped a layer: no byte may be stale
+            by_layer = self._memory.layouts[one.save.pages.group].by_layer or {}
+            missing = [layer for layer in by_layer if layer not in one.filled]
+            if missing or not by_layer:  # the engine skipped them: no byte may be stale
                 one.put.abort()
-                raise CenoteError(f"{one.filled} of a chunk's {one.put.nbytes} bytes were given")
+                raise CenoteError(f"of {len(by_layer)} layers {', '.join(missing)} were not given")
             one.put.commit()
         except (CenoteError, OSError) as error:
             return self._not_saved(error)
