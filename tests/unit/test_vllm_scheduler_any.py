@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler's half in any order of events: nothing is left held, nothing is loaded twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from tests.unit.vllm_bed import BLOCK, CHUNK, FULL, WINDOW, Bed, Request
+
+from cenote.client.adapters.vllm.messages import Load, Save, StepDone, StepWork
+from cenote.client.testing import MemoryHost
+
+WORKERS = 2
+CHUNKS = 4
+PROMPTS = st.sampled_from(["p", "q"])
+PICK = st.integers(0, 1000)
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """
+    An engine whose requests come, wait, load, compute, fail and end as hypothesis likes.
+
+    *running* have blocks and nothing to load; *waiting* have none; *loads* are with the workers.
+    """
+
+    transfer = "chunks"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = MemoryHost("4MiB", chunk_count=512)
+        self.pool = self.host.connect()
+        given = {"transfer": self.transfer, "min_load_tokens": 1}
+        self.bed = Bed(self.pool, (FULL, WINDOW), given=given)
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.planned: dict[str, Request] = {}  # placed: the next step takes their loads
+        self.loads: dict[str, Request | None] = {}  # None: the request is over
+        self.failed: set[str] = set()
+        self.saves: dict[int, int] = {}  # number: answers that are missing
+        self.names = 0
+
+    # ---- what happens ------------------------------------------------------------------------
+
+    @rule(prompt=PROMPTS, blocks=st.integers(1, 2 * CHUNKS + 1), skip=st.booleans())
+    def comes(self, prompt: str, blocks: int, skip: bool) -> None:
+        self.names += 1
+        name = f"r{self.names}"
+        self.waiting.append(self.bed.request(name, blocks * BLOCK, prompt, skip_save=skip))
+
+    @rule(prompt=PROMPTS, chunk=st.integers(0, CHUNKS - 1), group=st.integers(0, 1))
+    def is_stored_by_others(self, prompt: str, chunk: int, group: int) -> None:
+        self.bed.store(prompt, [chunk], group)
+
+    @rule(prompt=PROMPTS, chunk=st.integers(0, CHUNKS - 1), rank=st.integers(0, WORKERS - 1))
+    def leaves(self, prompt: str, chunk: int, rank: int) -> None:
+        self.bed.caches(rank % 2)[rank].delete(self.bed.key(prompt, chunk))
+
+    @precondition(lambda self: self.waiting)
+    @rule(pick=PICK, computed=st.integers(0, 2), outcome=st.sampled_from(["place", "wait", "none"]))
+    def is_matched(self, pick: int, computed: int, outcome: str) -> None:
+        request = self.waiting[pick % len(self.waiting)]
+        held = min(computed * BLOCK, (request.num_tokens - 1) // BLOCK * BLOCK)
+        tokens = self.bed.scheduler.matched(request, held)
+        assert tokens == 0 or request.request_id not in self.failed
+        assert held + tokens <= request.num_tokens
+        if outcome == "wait":
+            return
+        self.waiting.remove(request)
+        loaded = tokens if outcome == "place" else 0
+        self.bed.place(request, held, loaded)
+        if loaded:
+            self.planned[request.request_id] = request
+            self._check_presence(self.bed.scheduler._loads[-1])
+        else:
+            self.running.append(request)
+
+    @rule(pick=PICK, tokens=st.integers(1, 3 * CHUNK), computes=st.booleans())
+    def steps(self, pick: int, tokens: int, computes: bool) -> None:
+        scheduled = {}
+        if computes and self.running:
+            request = self.running[pick % len(self.running)]
+            left = request.num_tokens - self.bed.computed[request.request_id]
+            scheduled[request.request_id] = max(1, min(tokens, left))
+        out = bool(self.planned or self.loads)
+        work = self.bed.work(scheduled)
+        self.loads.update(self.planned)
+        self._check_loads(work.loads)
+        assert not (self.transfer == "layers" and out and work.saves)
+        self._check_saves(work)
+        self.planned = {}
+
+    @precondition(lambda self: self.loads)
+    @rule(pick=PICK, fails=st.booleans())
+    def is_loaded(self, pick: int, fails: bool) -> None:
+        name = sorted(self.loads)[pick % len(self.loads)]
+        request = self.loads.pop(name)
+        done = StepDone(failed={name} if fails else set())
+        if self.transfer == "layers":
+            done.in_step.add(name)
+            self.bed.scheduler.done((), done)
+        else:
+            self.bed.scheduler.done([name], done)
+        if request is not None and fails:
+            self.failed.add(name)
+            self._preempt(request)
+        elif request is not None:
+            self.running.append(request)
+
+    @precondition(lambda self: self.saves)
+    @rule(pick=PICK, stored=st.booleans())
+    def is_saved(self, pick: int, stored: bool) -> None:
+        number = sorted(self.saves)[pick % len(self.saves)]
+        one = {number: 1}
+        done = StepDone(saved=one) if stored else StepDone(unsaved=one)
+        self.saves[number] -= 1
+        if not self.saves[number]:
+            del self.saves[number]
+        self.bed.scheduler.done((), done)
+
+    @precondition(lambda self: self.running)
+    @rule(pick=PICK)
+    def is_preempted(self, pick: int) -> None:
+        self._preempt(self.running.pop(pick % len(self.running)))
+
+    @rule(pick=PICK)
+    def ends(self, pick: int) -> None:
+        loading = [each for each in self.loads.values() if each is not None]
+        everybody = [*self.waiting, *self.running, *self.planned.values(), *loading]
+        if everybody:
+            self._end(everybody[pick % len(everybody)])
+
+    @rule()
+    def is_reset(self) -> None:
+        self.bed.scheduler.reset()
+
+    # ---- what must hold ----------------------------------------------------------------------
+
+    @invariant()
+    def leases_are_of_what_is_matched_or_loading(self) -> None:
+        if not (self.planned or self.loads or self.waiting):
+            assert self.pool.leases == 0
+
+    @invariant()
+    def references_are_of_what_is_being_saved(self) -> None:
+        assert bool(self.bed.saving_references) == bool(self.saves)
+        assert self.bed.scheduler.saving == bool(self.saves)
+
+    def _check_loads(self, loads: list[Load]) -> None:
+        names = [load.request for load in loads]
+        assert sorted(names) == sorted(self.planned)  # each once, and all that were placed
+        for load in loads:
+            assert load.in_step == (self.transfer == "layers")
+            # Whatever has been deleted meanwhile is held: its bytes are there.
+            assert load.chunks
+            assert self.pool.leases
+
+    def _check_presence(self, load: Load) -> None:
+        for chunk in load.chunks:
+            caches = self.bed.lookup.caches(chunk.group)
+            assert len(caches) == WORKERS
+            assert all(cache.match(chunk.key) for cache in caches)
+
+    def _check_saves(self, work: StepWork) -> None:
+        keys = [(save.pages.group, save.pages.key) for save in work.saves]
+        assert len(set(keys)) == len(keys)
+        for save in work.saves:
+            self._check_save(save)
+            self.saves[save.number] = WORKERS
+
+    def _check_save(self, save: Save) -> None:
+        assert save.number not in self.saves
+        pages = [self.bed.blocks.blocks[each] for each in save.pages.blocks]
+        assert len(pages) == CHUNK // BLOCK
+        assert all(page.ref_cnt >= 2 and not page.is_null for page in pages)
+
+    # ---- steps of these ----------------------------------------------------------------------
+
+    def _preempt(self, request: Request) -> None:
+        """Its blocks go, and it waits again."""
+        for table in self.bed.tables.pop(request.request_id, []):
+            self.bed.blocks.free_blocks(reversed(table))
+        self.bed.computed.pop(request.request_id, None)
+        self.waiting.append(request)
+
+    def _end(self, request: Request) -> None:
+        name = request.request_id
+        for group in (self.waiting, self.running):
+            if request in group:
+                group.remove(request)
+        if name in self.planned:
+            self.planned.pop(name)
+            self.steps_with_orphan(name)
+        if name in self.loads:
+            self.loads[name] = None
+        self.bed.forget(request)
+
+    def steps_with_orphan(self, name: str) -> None:
+        """A load that was placed goes to the workers with the step, whoever ends afterwards."""
+        others = dict(self.planned)
+        work = self.bed.work()
+        assert sorted(load.request for load in work.loads) == sorted([name, *others])
+        self._check_saves(work)
+        self.loads.update(others)
+        self.loads[name] = None
+        self.planned = {}
+
+    def teardown(self) -> None:
+        """At rest nothing is held, whatever happened."""
+        try:
+            self.steps(0, 1, computes=False)
+            while self.loads:
+                self.is_loaded(0, fails=False)
+            for request in [*self.waiting, *self.running]:
+                self._end(request)
+            while self.saves:
+                self.is_saved(0, stored=True)
+            assert self.pool.leases == 0
+            assert self.bed.blocks.references == 0
+            assert self.host.audit() == 0
+        finally:
+            self.host.stop()
+
+
+class AnyOrderInStep(AnyOrder):
+    """The same, with loads that are over with the step that needs them."""
+
+    transfer = "layers"
+
+
+def _test_of(machine: Any) -> Any:
+    test = machine.TestCase
+    test.settings = settings(
+        max_examples=25,
+        stateful_step_count=40,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    return test
+
+
+TestAnyOrder = _test_of(AnyOrder)
+TestAnyOrderInStep = _test_of(AnyOrderInStep)
