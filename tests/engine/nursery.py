@@ -33,10 +33,11 @@ class Nursery:
     Args:
         folder: For logs and sockets, one folder an engine.
         fork: False: start every engine as vLLM does.
+        newer: Engines of the newer release of vLLM; they are forked in any case.
     """
 
-    def __init__(self, folder: Path, *, fork: bool = FORK) -> None:
-        self.folder, self.fork = folder, fork
+    def __init__(self, folder: Path, *, fork: bool = FORK, newer: bool = False) -> None:
+        self.folder, self.fork, self.newer = folder, fork or newer, newer
         folder.mkdir(parents=True, exist_ok=True)
         self._numbers = itertools.count()
         self._engines: list[Engine] = []
@@ -80,7 +81,7 @@ class Nursery:
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
-                    env=engine_environment(),
+                    env=engine_environment(newer=self.newer),
                 )
             assert self._process.stdout is not None
             while (line := self._process.stdout.readline()) and line.strip() != "ready":

@@ -19,6 +19,7 @@ HERE: Final = Path(__file__).resolve().parent
 ROOT: Final = HERE.parent.parent
 PYTHON: Final = Path(os.environ.get("CENOTE_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
 TRACKER: Final = b"multiprocessing.resource_tracker"  # in its command line
+NEXT: Final = PYTHON.parent.parent / "next"  # a newer vLLM: see setup-vllm
 END_S: Final = 60.0  # a limit for a hang, not a claim about speed
 
 
@@ -34,16 +35,18 @@ def nursery_command(path: Path) -> list[str]:
     return [setpriv, "--pdeathsig", "KILL", *argv] if setpriv else argv
 
 
-def engine_environment() -> dict[str, str]:
+def engine_environment(*, newer: bool = False) -> dict[str, str]:
     """
     Ours, without what would configure cenote, and with what keeps vLLM offline and comparable.
+
+    newer: of the release of vLLM in NEXT, which hides the installed one.
 
     One thread that no CPU is chosen for: several engines run side by side, and vLLM would put the
     workers of all of them on the same CPU. What vLLM finds out about an architecture, in a process
     that imports everything again, it keeps in build/.
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("CENOTE_", "CENOTED_"))}
-    paths = [str(HERE), *filter(None, [kept.get("PYTHONPATH")])]
+    paths = [*([str(NEXT)] if newer else []), str(HERE), *filter(None, [kept.get("PYTHONPATH")])]
     return {
         **kept,
         "PYTHONSAFEPATH": "1",
@@ -53,7 +56,7 @@ def engine_environment() -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "VLLM_CACHE_ROOT": str(ROOT / "build" / "vllm-cache"),
+        "VLLM_CACHE_ROOT": str(ROOT / "build" / ("vllm-cache-next" if newer else "vllm-cache")),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
         "VLLM_HOST_IP": "127.0.0.1",
