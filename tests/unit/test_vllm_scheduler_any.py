@@ -41,6 +41,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.failed: set[str] = set()
         self.saves: dict[int, int] = {}  # number: answers that are missing
         self.names = 0
+        self.bed.store("p", range(CHUNKS))
 
     # ---- what happens ------------------------------------------------------------------------
 
@@ -50,16 +51,20 @@ class AnyOrder(RuleBasedStateMachine):
         name = f"r{self.names}"
         self.waiting.append(self.bed.request(name, blocks * BLOCK, prompt, skip_save=skip))
 
-    @rule(prompt=PROMPTS, chunk=st.integers(0, CHUNKS - 1), group=st.integers(0, 1))
-    def is_stored_by_others(self, prompt: str, chunk: int, group: int) -> None:
-        self.bed.store(prompt, [chunk], group)
+    @rule(prompt=PROMPTS, end=st.integers(1, CHUNKS))
+    def is_stored_by_others(self, prompt: str, end: int) -> None:
+        self.bed.store(prompt, range(end))
 
     @rule(prompt=PROMPTS, chunk=st.integers(0, CHUNKS - 1), rank=st.integers(0, WORKERS - 1))
     def leaves(self, prompt: str, chunk: int, rank: int) -> None:
         self.bed.caches(rank % 2)[rank].delete(self.bed.key(prompt, chunk))
 
     @precondition(lambda self: self.waiting)
-    @rule(pick=PICK, computed=st.integers(0, 2), outcome=st.sampled_from(["place", "wait", "none"]))
+    @rule(
+        pick=PICK,
+        computed=st.integers(0, 2),
+        outcome=st.sampled_from(["place", "place", "wait", "none"]),
+    )
     def is_matched(self, pick: int, computed: int, outcome: str) -> None:
         request = self.waiting[pick % len(self.waiting)]
         held = min(computed * BLOCK, (request.num_tokens - 1) // BLOCK * BLOCK)
@@ -132,6 +137,7 @@ class AnyOrder(RuleBasedStateMachine):
         if everybody:
             self._end(everybody[pick % len(everybody)])
 
+    @precondition(lambda self: self.names > 8)
     @rule()
     def is_reset(self) -> None:
         self.bed.scheduler.reset()
@@ -233,7 +239,7 @@ class AnyOrderInStep(AnyOrder):
 def _test_of(machine: Any) -> Any:
     test = machine.TestCase
     test.settings = settings(
-        max_examples=25,
+        max_examples=60,
         stateful_step_count=40,
         deadline=None,
         suppress_health_check=list(HealthCheck),
