@@ -61,6 +61,7 @@ class Tracked:
     loading: bool = False  # its load was handed to the workers
     failed: bool = False  # a load of it failed: nothing is offered to it again
     next_save: int = 0  # number of the first chunk not looked at for saving
+    due: int = 0  # below so many computed tokens there is nothing to look at for saving
 
 
 class ChunkAt(NamedTuple):
@@ -269,21 +270,22 @@ class Scheduler:
             return work
         started_s = time.perf_counter()
         for name, computed in _computed_by(step):
-            self._plan_saves(work.saves, name, computed, step)
+            known = self._tracked.get(name)
+            if known is not None and computed >= known.due:  # rarely: hundreds may decode
+                self._plan_saves(work.saves, known, computed, step)
         if work.saves or work.loads:
             self.stats.add(scheduler_seconds=time.perf_counter() - started_s)
         return work
 
-    def _plan_saves(self, saves: list[Save], name: str, computed: int, step: Any) -> None:
-        tracked = self._tracked.get(name)
-        if tracked is None or tracked.wishes.skip_save:
+    def _plan_saves(self, saves: list[Save], tracked: Tracked, computed: int, step: Any) -> None:
+        if tracked.wishes.skip_save:
             return
         request, shape = tracked.request, self._shape
         known = min(computed, request.num_tokens) // shape.chunk_tokens
         first, end = tracked.next_save, min(known, shape.hashed_chunks(request.block_hashes))
         if end <= first or step.kv_connector_block_state is None:
             return
-        tables = step.kv_connector_block_state.get_block_ids(name)
+        tables = step.kv_connector_block_state.get_block_ids(request.request_id)
         if tables is None:
             return
         keys = shape.keys(request.block_hashes, first, end)
@@ -299,7 +301,7 @@ class Scheduler:
                 save = self._plan_save(tracked, at, tables[group.index])
                 if save is not None:
                     saves.append(save)
-        tracked.next_save = end
+        tracked.next_save, tracked.due = end, (end + 1) * shape.chunk_tokens
         if len(self._saving) > before:
             planned = list(self._saving.values())[before:]
             self._blocks.touch([page for saving in planned for page in saving.blocks])
@@ -357,7 +359,7 @@ class Scheduler:
             tracked.loading = False
             self._let_go(tracked)
             if tracked.failed:
-                tracked.next_save = 0
+                tracked.next_save = tracked.due = 0
 
     def _count(self, number: int, stored: int, failed: int) -> None:
         """Workers answer in one step or in several: the chunk's blocks wait for the last."""
