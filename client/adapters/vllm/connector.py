@@ -170,8 +170,8 @@ class CenoteConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.unregister()
 
     def restore_kv_caches(self) -> None:
-        """Learn anew where they are: the engine woke up (vLLM 0.33)."""
-        if self._worker is not None:
+        """Learn anew where they are: the engine woke up (vLLM 0.33). It may be called again."""
+        if self._worker is not None and not self._worker.registered:
             self.register_kv_caches(self._registered)
 
     def get_handshake_metadata(self) -> WorkerFacts | None:

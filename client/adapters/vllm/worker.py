@@ -82,7 +82,12 @@ class Worker:
     def register(
         self, config: Any, kv_caches: Mapping[str, Any], layers: Mapping[str, Any]
     ) -> None:
-        """Learn where the engine's pages are; see Memory for arguments and errors."""
+        """
+        Learn where the engine's pages are; see Memory for arguments and errors.
+
+        What was known before is forgotten first: a pool can be registered with a GPU only once.
+        """
+        self.unregister()
         self._memory = Memory(
             config,
             kv_caches,
@@ -103,10 +108,17 @@ class Worker:
         self._layers = tuple(sorted(self._layers, key=list(kv_caches).index))
 
     def unregister(self) -> None:
-        """Forget the engine's pages, once nothing is copied any more."""
+        """Forget the engine's pages, once nothing is copied any more. It may be called again."""
         with self._changed:
             self._changed.wait_for(lambda: self._pending == 0)
-        self._memory = None
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.copier.close()
+
+    @property
+    def registered(self) -> bool:
+        """Is it known where the engine's pages are?"""
+        return self._memory is not None
 
     @property
     def facts(self) -> tuple[Fields, ...]:
@@ -115,8 +127,9 @@ class Worker:
 
     def pool_attached(self, pool: Any) -> None:
         """Be told of a newly attached pool."""
-        if self._memory is not None:
-            self._memory.copier.attached(pool)
+        memory = self._memory  # another thread may forget it
+        if memory is not None:
+            memory.copier.attached(pool)
 
     # ---- a step ----------------------------------------------------------------------------------
 
