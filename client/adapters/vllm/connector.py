@@ -26,7 +26,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from .attach import Attachment
 from .events import Events
 from .groups import Shape
-from .identity import Refused, engine_fields, era_of, groups_of
+from .identity import Refused, check_engine, engine_fields, era_of, groups_of
 from .lookup import Lookup
 from .messages import StepDone, StepWork, WorkerFacts
 from .metrics import ConnectorStats, PromMetrics
@@ -247,6 +247,12 @@ class CenoteConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         """Be told what each worker's bytes depend on."""
         assert self._scheduler is not None
+        if not all(isinstance(facts, WorkerFacts) for facts in metadata.values()):
+            log.error(
+                "cenote: nothing is cached: beside another connector that has a handshake, below a "
+                "MultiConnector, vLLM gives both the same answers"
+            )
+            return
         self._scheduler.know_workers({rank: facts.groups for rank, facts in metadata.items()})
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
@@ -280,6 +286,9 @@ class CenoteConnector(KVConnectorBase_V1, SupportsHMA):
         step = connector_output.kv_connector_worker_meta
         assert step is None or isinstance(step, StepDone)
         self._scheduler.done(connector_output.finished_recving or (), step)
+        if self._settings.transfer == "layers" and connector_output.invalid_block_ids:
+            # vLLM keeps blocks in its prefix cache that it has set out to compute again.
+            self._scheduler.forget_blocks(connector_output.invalid_block_ids)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -301,7 +310,7 @@ class CenoteConnector(KVConnectorBase_V1, SupportsHMA):
 
     def has_pending_block_frees(self) -> bool:
         """Rather wait for saves to let blocks go than preempt somebody."""
-        return self._scheduler is not None and self._scheduler.saving
+        return self._scheduler is not None and self._scheduler.holds_back_blocks()
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         """Return what became available in the pool, and what left it."""
@@ -326,14 +335,15 @@ def shape_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: 
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
     parallel = vllm_config.parallel_config
-    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
-        raise Refused(
-            "cenote does not know how prefill context parallelism spreads a prompt over ranks: "
-            "serve with prefill_context_parallel_size=1, or without CenoteConnector"
-        )
+    check_engine(vllm_config, in_step=settings.transfer == "layers")
     groups = groups_of(
         kv_cache_config, parallel.decode_context_parallel_size, parallel.tensor_parallel_size
     )
+    if vllm_config.speculative_config is not None and any(group.window for group in groups):
+        raise Refused(
+            "cenote does not know which pages of a sliding window a draft head computes again: "
+            "serve without speculative decoding, or without CenoteConnector"
+        )
     hash_tokens = getattr(kv_cache_config, "hash_block_size", None)
     if hash_tokens is None:
         _, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)

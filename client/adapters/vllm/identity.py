@@ -15,7 +15,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from cenote.client import Manifest
 
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(LOGGER)
 
 FORMAT: Final = "pages-1"  # of a chunk's bytes: see pages.py
-SAMPLE_BYTES: Final = 1 << 20  # of each end of a weights file
-WEIGHTS: Final = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+SAMPLE_BYTES: Final = 1 << 12  # of each tensor, or piece, of a weights file
+SAMPLES: Final = 1024  # pieces of a file whose tensors are not known
+HEADER_MAX_BYTES: Final = 100 << 20  # of safetensors
+WEIGHTS: Final = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.tensors")
 # What says where a configuration came from, and not what it is.
 NOT_IDENTITY: Final = ("_name_or_path", "transformers_version", "_commit_hash", "architectures")
 
@@ -108,6 +110,43 @@ def page_bytes_of(config: Any, group: Group) -> dict[str, int]:
     }
 
 
+def check_engine(vllm_config: Any, *, in_step: bool) -> None:
+    """
+    Refuse what would give wrong tokens, or none.
+
+    Args:
+        vllm_config: The engine's.
+        in_step: Are loads to run within the step that needs them?
+
+    Raises:
+        Refused: Says what, and what to do.
+    """
+    parallel = vllm_config.parallel_config
+    without = "or without CenoteConnector"
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        raise Refused(
+            "cenote does not know how prefill context parallelism spreads a prompt over ranks: "
+            f"serve with prefill_context_parallel_size=1, {without}"
+        )
+    backend = getattr(parallel, "distributed_executor_backend", None)
+    if backend == "external_launcher" and parallel.world_size > 1:
+        raise Refused(
+            "with external_launcher each rank has a scheduler of its own, and their hits could "
+            f"differ: serve with another distributed_executor_backend, {without}"
+        )
+    if vllm_config.model_config.runner_type == "pooling":
+        raise Refused(
+            "a pooling model wants the hidden states of a whole prompt, which no KV cache holds: "
+            "serve it without CenoteConnector"
+        )
+    if in_step and vllm_config.max_concurrent_batches > 1:
+        raise Refused(
+            "transfer is 'layers', and this engine plans a step before it knows how the last one "
+            "went: what a failed load spoiled would be answered. Leave transfer out, or give "
+            "--no-async-scheduling"
+        )
+
+
 # ---- fields -------------------------------------------------------------------------------------
 
 
@@ -128,6 +167,8 @@ def engine_fields(vllm_config: Any) -> Fields:
         "weights": weights_digest(place, str(vllm_config.load_config.load_format)),
         "config": digest(known),
         "rope": digest({n: v for n, v in known.items() if "rope" in n or "position" in n}),
+        "rope_for": _rope_for(model, known),
+        "multimodal": _multimodal(model, cache),
         "quantization": str(model.quantization or ""),
         # Scales that an engine finds out as it runs are its own: nobody else can read its KV.
         "kv_scales": uuid.uuid4().hex if getattr(cache, "calculate_kv_scales", False) else "",
@@ -141,6 +182,23 @@ def engine_fields(vllm_config: Any) -> Fields:
     }
 
 
+def _rope_for(model: Any, known: Mapping[str, Any]) -> int:
+    """LongRoPE turns by whether the engine may go beyond the original length; others do not."""
+    text = json.dumps({n: v for n, v in known.items() if "rope" in n}, default=str)
+    return int(model.max_model_len) if "longrope" in text or '"su"' in text else 0
+
+
+def _multimodal(model: Any, cache: Any) -> str:
+    """What the engine does to images beyond what their hashes in the request say."""
+    config = getattr(model, "multimodal_config", None)
+    if config is None:
+        return ""
+    if not getattr(config, "mm_processor_cache_gb", 1) and not cache.enable_prefix_caching:
+        return uuid.uuid4().hex  # vLLM numbers images then, instead of hashing them
+    told = ("mm_processor_kwargs", "media_io_kwargs", "video_pruning_rate")
+    return digest([str(getattr(config, name, None)) for name in told])
+
+
 def _speculative(vllm_config: Any) -> str:
     """A draft model's layers lie in the same cache."""
     spec = vllm_config.speculative_config
@@ -152,25 +210,51 @@ def _speculative(vllm_config: Any) -> str:
 
 def weights_digest(place: Path, load_format: str) -> str:
     """
-    Return what tells a directory's weights from others of the same name.
+    Return what tells a model's weights from others of the same name.
 
-    Name, size and both ends of every file: reading all would take as long as loading the model,
-    and who trains changes every tensor. "" for a model that is not a directory: its name and
-    revision say which weights it has.
+    Name and size of every file, and samples: of each tensor of a safetensors file its beginning,
+    of other files pieces spread over them. Reading all would take as long as loading the model. ""
+    for a model that is no path: its name and revision say which weights it has.
     """
     if load_format == "dummy":
         return "dummy"
-    if not place.is_dir():
+    if not place.exists():
         return ""
+    files = [place] if place.is_file() else sorted(f for p in WEIGHTS for f in place.glob(p))
+    if not files:
+        return uuid.uuid4().hex  # of a format that is not known: shared with nobody
     seen = hashlib.sha256()
-    for path in sorted(found for pattern in WEIGHTS for found in place.glob(pattern)):
+    for path in files:
         size = path.stat().st_size
         seen.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
-            seen.update(file.read(SAMPLE_BYTES))
-            file.seek(max(0, size - SAMPLE_BYTES))
-            seen.update(file.read(SAMPLE_BYTES))
+            for offset in _samples(file, path, size):
+                file.seek(offset)
+                seen.update(file.read(SAMPLE_BYTES))
     return seen.hexdigest()[:32]
+
+
+def _samples(file: BinaryIO, path: Path, size: int) -> list[int]:
+    """Return where to look into a file of weights."""
+    spread = [size * i // SAMPLES for i in range(SAMPLES)]
+    if path.suffix != ".safetensors":
+        return spread
+    # https://github.com/huggingface/safetensors#format: length of the header, header, tensors
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size, HEADER_MAX_BYTES):
+        return spread
+    try:
+        tensors = json.loads(file.read(length))
+        return [
+            0,
+            *(
+                8 + length + int(t["data_offsets"][0])
+                for t in tensors.values()
+                if "data_offsets" in t
+            ),
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return spread
 
 
 def group_fields(

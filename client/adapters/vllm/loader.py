@@ -180,6 +180,8 @@ class Loader:
         right = next((i for i, c in enumerate(chunks) if c.nbytes != nbytes), len(chunks))
         for chunk in chunks[right:]:
             chunk.release()
+        if right < len(chunks):  # a chunk of another length: who stored it was not one of us
+            self._delete(cache, wanted[right].key)
         return [
             Leased(before + i, cache, chunk, pages)
             for i, (chunk, pages) in enumerate(zip(chunks[:right], wanted, strict=False))
@@ -201,12 +203,14 @@ class Loader:
 
     def drop(self, one: Leased) -> None:
         """Make a damaged chunk absent, so that it is stored again once it is computed."""
+        self._delete(one.cache, one.pages.key)
+
+    def _delete(self, cache: Cache, key: bytes) -> None:
         self._stats.add(damaged_chunks=1)
         try:
-            one.cache.delete(one.pages.key)
+            cache.delete(key)
         except CenoteError as error:
-            head = one.pages.key.hex()[:16]
-            log.warning("cenote: damaged chunk %s stays in the pool: %s", head, error)
+            log.warning("cenote: bad chunk %s stays in the pool: %s", key.hex()[:16], error)
 
 
 @contextmanager

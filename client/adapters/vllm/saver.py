@@ -53,6 +53,7 @@ class Saver:
         self._stats: Final = stats
         self._told: Final[set[str]] = set()
         self._open: list[Open] = []
+        self._wait_ms = SAVE_WAIT_MS
 
     def save(self, era: Era, save: Save, ready: Any) -> bool:
         """
@@ -146,11 +147,13 @@ class Saver:
             position=save.position,
             priority=save.priority,
             ttl_s=save.ttl_s,
-            wait_ms=SAVE_WAIT_MS,
+            wait_ms=self._wait_ms,
         )
+        self._wait_ms = SAVE_WAIT_MS
         return put, False
 
     def _not_saved(self, error: Exception) -> bool:
+        self._wait_ms = 0  # until there is room: saves that wait hold the engine's blocks
         self._stats.add(failed_saves=1)
         name = type(error).__name__
         if name not in self._told:

@@ -161,6 +161,8 @@ class Scheduler:
         """
         tracked = self._track(request)
         self._let_go(tracked)
+        if tracked.loading:
+            return 0
         if tracked.failed or request.skip_reading_prefix_cache:
             return 0
         if not self._loads_at_all or not self._lookup.ready:
@@ -374,6 +376,15 @@ class Scheduler:
         self._blocks.free_blocks(reversed(saving.blocks))
         if not saving.failed and self._announcer is not None:
             self._announcer.available(saving.request, (saving.chunk,))
+
+    def forget_blocks(self, blocks: set[int]) -> None:
+        """Take blocks that hold nothing out of the engine's prefix cache."""
+        if self._blocks is not None:
+            self._blocks.evict_blocks(blocks)
+
+    def holds_back_blocks(self) -> bool:
+        """Would the end of a save give the engine a block back, that nobody else holds?"""
+        return any(page.ref_cnt == 1 for saving in self._saving.values() for page in saving.blocks)
 
     @property
     def saving(self) -> bool:

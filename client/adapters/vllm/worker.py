@@ -75,6 +75,7 @@ class Worker:
         self._changed: Final = threading.Condition()
         self._layers: tuple[str, ...] = ()
         self._layer_loads: dict[str, int] = {}  # of this step, not over yet, by layer
+        self._in_step = 0  # loads of this step whose end is not noted yet
         self.stats: Final = Stats()
 
     # ---- the engine's memory ---------------------------------------------------------------------
@@ -99,6 +100,11 @@ class Worker:
         self._loader = Loader(self._memory, self._settings.verify, self.stats)
         self._saver = Saver(self._memory, self.stats)
         if self._settings.transfer == "layers":
+            if next(iter(kv_caches.values())).device.type != "cpu":
+                raise ValueError(
+                    "transfer is 'layers', which is for CPUs: on a GPU the engine may zero blocks "
+                    "behind such a load. Leave transfer out"
+                )
             if any(layout.by_layer is None for layout in self._memory.layouts):
                 raise ValueError(
                     "transfer is 'layers', and this engine keeps the layers of a block together "
@@ -142,6 +148,8 @@ class Worker:
         """Begin what is to be loaded."""
         for load in work.loads:
             if load.in_step:
+                with self._changed:
+                    self._in_step += 1
                 for layer in self._layers:
                     self._layer_loads[layer] = self._layer_loads.get(layer, 0) + 1
             self._submit(self._loading, self._load, work.era, load)
@@ -179,7 +187,7 @@ class Worker:
         """
         with self._changed:
             if self._layers:  # what this step needed ends with it
-                self._changed.wait_for(lambda: not any(self._layer_loads.values()))
+                self._changed.wait_for(lambda: self._in_step == 0)
             if idle and self._pending and not self._has_news():
                 self._changed.wait_for(self._has_news, IDLE_WAIT_S)
             news, self._finished = self._finished, Finished()
@@ -221,6 +229,8 @@ class Worker:
         with self._changed:
             ended = self._finished.step.in_step if load.in_step else self._finished.loaded
             ended.add(load.request)
+            self._in_step -= load.in_step
+            self._changed.notify_all()
             if bad:
                 self._finished.failed.add(load.request)
                 self._finished.step.failed.add(load.request)
