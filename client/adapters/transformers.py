@@ -53,6 +53,7 @@ __all__ = ["Counters", "NotCacheable", "Prefill", "PrefixCache", "geometry_of", 
 log = logging.getLogger("cenote.client.adapters.transformers")
 
 CHUNK_TOKENS: Final = 256
+SAVE_WAIT_MS: Final = 100  # a session's first extents come when it first asks for one
 RETRY_S: Final = 5.0  # between attempts to reach a daemon that was not there
 CONNECT_TIMEOUT_S: Final = 0.5  # of an attempt in the middle of an engine's work
 
@@ -305,8 +306,8 @@ class PrefixCache:
         """
         Store the full chunks of a prompt whose KV has been computed.
 
-        Chunks that are there already are left alone. A full pool is not waited for: what does not
-        fit is not cached.
+        Chunks that are there already are left alone. A full pool is waited for at most 0.1 s, once:
+        what does not fit is not cached.
 
         Args:
             input_ids: The tokens that *past_key_values* was computed from, in order: the prompt,
@@ -349,7 +350,7 @@ class PrefixCache:
         for i in range(first, count):
             key = keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]
             parent = keys[(i - 1) * KEY_BYTES : i * KEY_BYTES] if i else None
-            with cache.put(key, self.chunk_bytes, parent, position=i, wait_ms=0) as put:
+            with cache.put(key, self.chunk_bytes, parent, position=i, wait_ms=SAVE_WAIT_MS) as put:
                 self._copy_in(put, layers, i * self.chunk_tokens)
             yield
 
