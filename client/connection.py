@@ -79,16 +79,53 @@ class Attached(Protocol):
 
 
 def candidate_or_raise(argument: str | os.PathLike[str] | None) -> Path:
-    """Return the first socket that exists, or raise PoolGone naming all four places."""
+    """
+    Return the socket that was named, else the first default one that exists.
+
+    Raises:
+        PoolGone: There is none; the message names what was looked at, and nothing else.
+        AccessDenied: This user may not enter the folder in which it would be.
+    """
     path, candidates = paths.find_socket(argument)
-    if path is None:
-        raise errors.PoolGone(_nobody("no cenote daemon was found", candidates))
-    return path
+    if path is not None:
+        return path
+    for candidate in candidates:
+        if candidate.barred is not None:
+            raise errors.AccessDenied(_barred(candidate, candidates))
+    raise errors.PoolGone(f"no cenote daemon was found: {_unfound(candidates)}")
 
 
-def _nobody(what: str, candidates: tuple[paths.Candidate, ...]) -> str:
-    places = "; ".join(str(candidate) for candidate in candidates)
-    return f"{what}. Looked at {places}. Start one with `cenoted`, or set ${paths.SOCKET_ENV}"
+def _barred(barred: paths.Candidate, candidates: tuple[paths.Candidate, ...]) -> str:
+    """Return what to do about a folder that is closed to us: a daemon may well be there."""
+    if barred.origin == paths.OWN_DEFAULT:
+        remedy = "It follows from $XDG_RUNTIME_DIR: unset that if it is another user's"
+    else:
+        remedy = (
+            f"Whoever owns it opens it with `chmod 0755 {barred.barred}` (who may attach is for "
+            "[pool.access] to say), or name another socket"
+        )
+    others = "; ".join(str(each) for each in candidates if each is not barred)
+    looked = f" Looked at besides: {others}." if others else ""
+    return (
+        f"uid {os.geteuid()} may not enter {barred.barred}, so that the socket {barred.path} "
+        f"({barred.origin}) cannot be reached. {remedy}.{looked}"
+    )
+
+
+def _unfound(candidates: tuple[paths.Candidate, ...]) -> str:
+    """Return why no socket can be used, and what to do now."""
+    if len(candidates) > 1:
+        places = "; ".join(str(candidate) for candidate in candidates)
+        return f"looked at {places}. Start one with `cenoted`, or set ${paths.SOCKET_ENV}"
+    (named,) = candidates
+    if named.problem:
+        what = f"the socket {str(named.path)!r} ({named.origin}): {named.problem}"
+    else:
+        what = f"there is no socket {str(named.path)!r} ({named.origin})"
+    return (
+        f"{what}. Correct it, leave it out to have the default places looked at, or start a daemon "
+        "there (`cenoted --socket PATH`)"
+    )
 
 
 def dial(target: Target) -> tuple[wire.Channel, session.Welcome, session.Mapping]:
@@ -117,8 +154,11 @@ def _connected_socket(target: Target) -> socket.socket:
         sock.connect(str(target.path))
     except _NOBODY as error:
         sock.close()
-        what = f"nobody listens on {target.path} ({error.strerror})"
-        raise errors.PoolGone(_nobody(what, paths.find_socket(target.path)[1])) from error
+        raise errors.PoolGone(
+            f"nobody listens on {target.path} ({error.strerror}): its daemon was killed, or is not "
+            f"ready yet. Start one there (`cenoted`), or name another socket, as an argument or in "
+            f"${paths.SOCKET_ENV}"
+        ) from error
     except PermissionError as error:
         sock.close()
         raise errors.AccessDenied(

@@ -457,7 +457,7 @@ def connect(
         reconnect: Look for the next daemon when this one goes; a Backoff says how often.
 
     Raises:
-        PoolGone: Nobody listens; the message names the four places.
+        PoolGone: Nobody listens; the message names what was looked at.
         Timeout: Somebody listens, and does not answer.
         AccessDenied: This user may not attach, or not in this role.
         VersionMismatch: The daemon is another release.

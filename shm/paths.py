@@ -21,6 +21,8 @@ SERVICE_RUN_DIR: Final = Path("/run/cenote")
 SHARED_TMP_DIR: Final = Path("/tmp")
 DEFAULT_POOL: Final = "default"
 SOCKET_ENV: Final = "CENOTE_SOCKET"
+ARGUMENT: Final = "argument"
+OWN_DEFAULT: Final = "own default"
 SOCKET_SUFFIX: Final = ".sock"
 SOCKET_PATH_MAX_BYTES: Final = 107  # sockaddr_un.sun_path is 108 with its final zero
 POOL_NAME_MAX_CHARS: Final = 32
@@ -39,13 +41,15 @@ class Candidate:
     One place where connect() looks for a socket.
 
     origin says where the path comes from; path is None when that source is not set; problem is the
-    reason why an existing path was passed over, or "".
+    reason why an existing path was passed over, or ""; barred is the folder above it that this
+    user may not enter, so that nobody can say whether the socket exists.
     """
 
     origin: str
     path: Path | None
     exists: bool = False
     problem: str = ""
+    barred: Path | None = None
 
     def __str__(self) -> str:
         if self.path is None:
@@ -138,6 +142,19 @@ def prepare_run_dir(path: Path, uid: int, *, shared: bool = False) -> Path:
     return path
 
 
+def closed_to_others(folder: Path) -> str:
+    """
+    Return why users other than its owner do not reach the sockets in *folder*, or "".
+
+    Such a folder is not refused: 0750 with a group of the engines' users is a fair choice.
+    """
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    if mode & stat.S_IXOTH:
+        return ""
+    who = "its owner and its group" if mode & stat.S_IXGRP else "its owner"
+    return f"only {who} may enter it (mode {mode:04o})"
+
+
 def run_dir_problem(path: Path, uid: int) -> str:
     """Return why sockets in *path* must not be trusted by *uid*, or "" when they may."""
     try:
@@ -162,19 +179,26 @@ def socket_candidates(
     *,
     tmp_dir: Path = SHARED_TMP_DIR,
     service_dir: Path = SERVICE_RUN_DIR,
-) -> tuple[Candidate, Candidate, Candidate, Candidate]:
+) -> tuple[Candidate, ...]:
     """
-    Return the four places where connect() looks, in its order, as they are now.
+    Return the places where connect() looks, in its order, as they are now.
+
+    One that was named, by the argument or else by $CENOTE_SOCKET, is the only one: a mistyped path
+    must not lead to another pool. Otherwise all four, of which the first two are not set.
 
     A socket in a run directory that somebody else controls is reported with a problem: anybody may
     create /tmp/cenote-<uid> first.
     """
-    own_dir = user_run_dir(environ, uid, tmp_dir)
     named = environ.get(SOCKET_ENV)
+    if argument:
+        return (_candidate(ARGUMENT, Path(argument)),)
+    if named:
+        return (_candidate(f"${SOCKET_ENV}", Path(named)),)
+    own_dir = user_run_dir(environ, uid, tmp_dir)
     return (
-        _candidate("argument", Path(argument) if argument else None),
-        _candidate(f"${SOCKET_ENV}", Path(named) if named else None),
-        _candidate("own default", own_dir / f"{DEFAULT_POOL}{SOCKET_SUFFIX}", own_dir, uid),
+        _candidate(ARGUMENT, None),
+        _candidate(f"${SOCKET_ENV}", None),
+        _candidate(OWN_DEFAULT, own_dir / f"{DEFAULT_POOL}{SOCKET_SUFFIX}", own_dir, uid),
         _candidate("service default", service_dir / f"{DEFAULT_POOL}{SOCKET_SUFFIX}"),
     )
 
@@ -193,9 +217,21 @@ def _candidate(
     except FileNotFoundError:
         return Candidate(origin, path)
     except OSError as error:
-        return Candidate(origin, path, problem=f"cannot be examined: {error.strerror}")
+        barred = _barred(path) if isinstance(error, PermissionError) else None
+        if barred is not None and barred == private_dir and run_dir_problem(barred, uid):
+            barred = None  # somebody else's, and not to be opened: planted, or taken by accident
+        why = f"uid {os.geteuid()} may not enter {barred}" if barred else "cannot be examined"
+        return Candidate(origin, path, problem=f"{why}: {error.strerror}", barred=barred)
     problem = run_dir_problem(private_dir, uid) if private_dir else ""
     return Candidate(origin, path, True, f"its directory {problem}" if problem else "")
+
+
+def _barred(path: Path) -> Path | None:
+    """Return the first folder above *path* that this user may not enter; None: none is known."""
+    for folder in reversed(Path(os.path.abspath(path)).parents):
+        if not os.access(folder, os.X_OK, effective_ids=True):
+            return folder
+    return None
 
 
 def find_socket(
@@ -206,12 +242,7 @@ def find_socket(
     tmp_dir: Path = SHARED_TMP_DIR,
     service_dir: Path = SERVICE_RUN_DIR,
 ) -> tuple[Path | None, tuple[Candidate, ...]]:
-    """
-    Return the socket to use (or None) and all four candidates, for the error message.
-
-    One that was named, by the argument or else by $CENOTE_SOCKET, is the only one: a mistyped path
-    must not lead to another pool. Otherwise the first of the default ones that exists.
-    """
+    """Return the first of socket_candidates() that can be used (or None), and all of them."""
     candidates = socket_candidates(
         argument,
         os.environ if environ is None else environ,
@@ -219,6 +250,5 @@ def find_socket(
         tmp_dir=tmp_dir,
         service_dir=service_dir,
     )
-    named = [candidate for candidate in candidates[:2] if candidate.path is not None]
-    usable = (c.path for c in named[:1] or candidates if c.exists and not c.problem)
+    usable = (c.path for c in candidates if c.exists and not c.problem)
     return next(usable, None), candidates

@@ -6,15 +6,20 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cenote.client.connection import _barred, _unfound, candidate_or_raise
+from cenote.client.errors import AccessDenied, PoolGone
 from cenote.shm.paths import (
     SOCKET_PATH_MAX_BYTES,
     PathError,
     check_pool_name,
     check_socket_path,
+    closed_to_others,
     daemon_run_dir,
     find_socket,
     prepare_run_dir,
@@ -131,8 +136,8 @@ def _touch(path: Path) -> Path:
 
 def test_named_socket_is_the_only_one(tmp_path: Path) -> None:
     """
-    The argument, else $CENOTE_SOCKET, is final; without them the user's own socket comes before
-    the service's. All four are reported.
+    The argument, else $CENOTE_SOCKET, is final, and alone reported; without them the user's own
+    socket comes before the service's, and all four are.
     """
     paths = [tmp_path / "a.sock", tmp_path / "b.sock"]
     paths += [tmp_path / name / "default.sock" for name in (f"cenote-{SOMEBODY}", "service")]
@@ -142,7 +147,8 @@ def test_named_socket_is_the_only_one(tmp_path: Path) -> None:
         found, candidates = find_socket(
             argument, given, SOMEBODY, tmp_dir=tmp_path, service_dir=tmp_path / "service"
         )
-        assert [c.path for c in candidates[2:]] == paths[2:]
+        named = argument or (given and paths[1])
+        assert [c.path for c in candidates] == ([named] if named else [None, None, *paths[2:]])
         return found
 
     _touch(paths[3])
@@ -195,10 +201,112 @@ def test_candidates_survive_nonsense(tmp_path: Path) -> None:
     """
     (tmp_path / "file").touch()
 
-    found, candidates = find_socket(
-        "/" + "x" * 200, {"CENOTE_SOCKET": f"{tmp_path}/file/s"}, SOMEBODY, tmp_dir=tmp_path
-    )
+    found, (long,) = find_socket("/" + "x" * 200, {}, SOMEBODY, tmp_dir=tmp_path)
+    assert found is None
+    assert "allow 107" in long.problem
+    found, (below,) = find_socket(None, {"CENOTE_SOCKET": f"{tmp_path}/file/s"}, SOMEBODY)
+    assert found is None
+    assert "cannot be examined" in below.problem
+    assert below.barred is None
+
+
+@pytest.fixture
+def closed() -> Iterator[Path]:
+    """
+    A folder that the caller may not enter, in one that it may. Root is somebody else meanwhile.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "closed"
+        folder.mkdir()
+        folder.parent.chmod(0o755)
+        folder.chmod(0)
+        if UID == 0:
+            os.seteuid(SOMEBODY)
+        try:
+            yield folder
+        finally:
+            os.seteuid(UID)
+            folder.chmod(0o700)
+
+
+def test_a_folder_that_is_closed_is_what_the_message_is_about(closed: Path) -> None:
+    """
+    A socket below a folder that this user may not enter: the first such folder, who we are, and
+    the remedy; not that there was no daemon, which nobody can know.
+    """
+    with pytest.raises(AccessDenied) as caught:
+        candidate_or_raise(closed / "deeper" / "default.sock")
+
+    text = str(caught.value)
+    assert text.startswith(f"uid {os.geteuid()} may not enter {closed}, ")
+    assert f"chmod 0755 {closed}`" in text
+    assert "no cenote daemon" not in text
+
+
+def test_a_closed_folder_is_named_beside_the_other_places(
+    closed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    $XDG_RUNTIME_DIR of another user (su): not to be opened by a chmod, but to be unset.
+    """
+    monkeypatch.delenv("CENOTE_SOCKET", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(closed))
+
+    found, candidates = find_socket(service_dir=closed.parent / "service")
+    assert found is None
+    assert candidates[2].barred == closed
+    assert f"may not enter {closed}: Permission denied" in str(candidates[2])
+    text = _barred(candidates[2], candidates)
+    assert "unset" in text
+    assert "chmod" not in text
+    assert "service default" in text
+
+
+def test_a_socket_that_was_named_is_all_that_the_message_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    By the argument or by $CENOTE_SOCKET: where it was named, what is wrong, what to do; no word of
+    places that nobody looked at.
+    """
+    monkeypatch.setenv("CENOTE_SOCKET", str(tmp_path / "env.sock"))
+    for argument, origin, name in (
+        (tmp_path / "given.sock", "argument", "given.sock"),
+        (None, "$CENOTE_SOCKET", "env.sock"),
+    ):
+        with pytest.raises(PoolGone) as caught:
+            candidate_or_raise(argument)
+        text = str(caught.value)
+        assert f"there is no socket '{tmp_path}/{name}' ({origin}). Correct it" in text
+        assert "cenoted --socket" in text
+        assert "default.sock" not in text
+        assert ("env.sock" in text) == (argument is None)
+
+
+def test_without_a_name_all_four_places_are_named(tmp_path: Path) -> None:
+    """
+    Which sources are not set, which sockets do not exist, and what to do.
+    """
+    found, candidates = find_socket(None, {}, SOMEBODY, tmp_dir=tmp_path, service_dir=tmp_path)
 
     assert found is None
-    assert "allow 107" in candidates[0].problem
-    assert "cannot be examined" in candidates[1].problem
+    text = _unfound(candidates)
+    for place in ("argument: not set", "$CENOTE_SOCKET: not set", "own default", "service default"):
+        assert place in text
+    assert "Start one with `cenoted`" in text
+
+
+def test_a_folder_closed_to_others_is_told(tmp_path: Path) -> None:
+    """
+    Without o+x the users that an access list names do not reach the socket; with it nothing is
+    said.
+    """
+    for mode, said in (
+        (0o755, ""),
+        (0o711, ""),
+        (0o750, "its owner and its group"),
+        (0o700, "its"),
+    ):
+        tmp_path.chmod(mode)
+        told = closed_to_others(tmp_path)
+        assert told == "" if not said else (said in told and f"{mode:04o}" in told)
