@@ -15,7 +15,7 @@ from pathlib import Path
 from cenote.shm import media
 from cenote.shm.errors import CenoteError
 from cenote.shm.host import PoolHost, Progress
-from cenote.shm.paths import prepare_run_dir
+from cenote.shm.paths import closed_to_others, prepare_run_dir
 from cenote.shm.pool_spec import PoolSpec, RegionSpec
 from cenote.shm.units import format_size, format_size_rounded
 
@@ -110,6 +110,7 @@ class ServedPool:
         if self.socket_path.parent == self._run_dir:
             shared = self._access.others_may_connect()
             prepare_run_dir(self._run_dir, os.geteuid(), shared=shared)
+        self._warn_of_closed_folder()
         self._lock.acquire()
         stale_socket = self._lock.remove_stale_socket()
         left = [(str(o.name), o.bytes) for o in media.unlink_stale(self.name, os.geteuid())]
@@ -126,6 +127,21 @@ class ServedPool:
                 size=format_size_rounded(sum(bytes_ for _, bytes_ in left)),
                 socket=stale_socket,
                 remark="a daemon died; its cache is dropped, readers that live keep their views",
+            )
+
+    def _warn_of_closed_folder(self) -> None:
+        """Say that the access lists name users who cannot reach the socket: they see no daemon."""
+        folder = self.socket_path.parent
+        if not self._access.others_may_connect() or not folder.is_dir():
+            return
+        problem = closed_to_others(folder)
+        if problem:
+            log.warning(
+                "run_dir_closed",
+                pool=self.name,
+                path=folder,
+                problem=problem,
+                remedy=f"`chmod 0755 {folder}` if others that [pool.access] lists are to attach",
             )
 
     def make(self, progress: Progress, stop: threading.Event | None = None) -> None:
@@ -191,6 +207,7 @@ class ServedPool:
         self.spec, self.config, self._access = change.spec, change.config, change.access
         self._server.service.reconfigure(change.config, change.access)
         self._server.access_changed()
+        self._warn_of_closed_folder()
         self._scrub()
 
     # ---- end ------------------------------------------------------------------------------------

@@ -165,6 +165,34 @@ def test_what_is_no_stale_socket_is_left_alone(cenoted: Callable[..., Any], tmp_
         assert path.exists()
 
 
+def test_a_run_directory_closed_to_listed_users_is_warned_of(
+    cenoted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """
+    An existing directory keeps its mode 0700, and users of the access lists would see no daemon:
+    a line names path, mode and remedy, at the start or with the reload that lists them.
+    """
+    run_dir = tmp_path / "run"
+    run_dir.mkdir(mode=0o700)
+    listed = f"[pool.access]\nwriters = [{os.geteuid() + 1}]\n"
+    for first in (True, False):
+        daemon = cenoted(config=CONFIG + (listed if first else ""), path=run_dir / f"{first}.sock")
+        if not first:
+            assert not daemon.events("run_dir_closed")
+            daemon.rewrite(lambda text: text + listed)
+            daemon.hang_up()
+        said = daemon.wait_for("run_dir_closed")
+        assert said["path"] == str(run_dir)
+        assert "mode 0700" in said["problem"]
+        assert f"chmod 0755 {run_dir}" in said["remedy"]
+        assert daemon.stop() == 0
+        (tmp_path / "daemon.log").unlink()
+
+    run_dir.chmod(0o755)
+    daemon = cenoted(config=CONFIG + listed, path=run_dir / "open.sock")
+    assert not daemon.events("run_dir_closed")
+
+
 def test_wrong_usage_ends_with_status_2(cenoted: Callable[..., Any]) -> None:
     """A configuration that cannot be used, or too little memory, is status 2 with the reason."""
     daemon = cenoted(size="4G")
