@@ -59,6 +59,30 @@ def test_a_load_is_leased_from_the_match_to_its_end(pool: Pool) -> None:
     assert pool.leases == 0
 
 
+def test_a_request_that_finds_no_pool_is_counted_apart(pool: Pool) -> None:
+    """
+    Until the pool is attached `lookups` stays 0 and `unattached_lookups` counts; an engine that is
+    not to load counts neither.
+    """
+    bed, storer = bed_with(pool), Bed(pool, loads=False)
+    there = dict(bed.attached.caches)
+    bed.attached.caches.clear()
+    storer.attached.caches.clear()
+    request = bed.request("r", 5 * CHUNK)
+
+    assert bed.scheduler.matched(request, 0) == 0
+    assert storer.scheduler.matched(storer.request("r", 5 * CHUNK), 0) == 0
+    assert bed.scheduler.stats.take() == {"unattached_lookups": 1}
+    assert storer.scheduler.stats.take() == {}
+
+    bed.attached.caches.update(there)
+    assert bed.scheduler.matched(request, 0) == 4 * CHUNK
+    counted = bed.scheduler.stats.take()
+    assert counted["lookups"] == 1
+    assert "unattached_lookups" not in counted
+    bed.work()
+
+
 def test_a_chunk_that_one_worker_lacks_is_no_hit(pool: Pool) -> None:
     """
     A hit is what all workers can load.

@@ -166,6 +166,8 @@ class Scheduler:
         if tracked.failed or request.skip_reading_prefix_cache:
             return 0
         if not self._loads_at_all or not self._lookup.ready:
+            if self._loads_at_all:
+                self.stats.add(unattached_lookups=1)
             return 0
         started_s = time.perf_counter()
         tokens = self._hit(tracked, computed)

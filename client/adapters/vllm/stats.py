@@ -14,6 +14,7 @@ COUNTERS: Final = {
     "lookups": "Requests that were looked up in the pool",
     "asked_tokens": "Tokens of these requests that the engine did not hold itself",
     "hit_tokens": "Of them, tokens that were offered to the engine from the pool",
+    "unattached_lookups": "Requests that were not looked up, for no pool was attached yet",
     "scheduler_seconds": "Time that lookups and plans took in the engine's scheduler",
     "loads": "Requests for which something was loaded",
     "loaded_bytes": "Bytes copied from the pool into the engine's KV cache",
@@ -24,7 +25,7 @@ COUNTERS: Final = {
     "saved_bytes": "Bytes copied from the engine's KV cache into the pool",
     "save_seconds": "Time that a copying thread spent storing",
     "duplicate_saves": "Chunks that somebody else had stored already",
-    "failed_saves": "Chunks that could not be stored: pool full, no daemon, not allowed",
+    "failed_saves": "Chunks that were to be stored and could not be: pool full, or lost on the way",
 }
 
 
