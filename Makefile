@@ -74,10 +74,12 @@ $(DEMO_STAMP): $(STAMP)
 	$(PY) -m pip install $(if $(TORCH),"$(TORCH)") "$(TRANSFORMERS)"
 	@touch $@
 
-setup-vllm: $(VLLM_STAMP)  ## make .venv-vllm with vLLM for CPUs and cenote: 0.6 GB of downloads, 3.4 GB of disk
+setup-vllm: $(VLLM_STAMP)  ## make .venv-vllm with vLLM for CPUs and cenote: 0.9 GB of downloads, 4 GB of disk
 
 # After `setup`: the modules that `dev` compiles are those that this environment imports.
 $(VLLM_STAMP): tests/engine/setup-vllm pyproject.toml | setup
+	@echo "vLLM for CPUs goes into $(VENV_VLLM): where it is not there yet, about 0.9 GB of downloads and 4 GB"
+	@echo "of disk, in some minutes of which pip says nothing."
 	tests/engine/setup-vllm $(VENV_VLLM) $(PY)
 
 demo-vllm: setup setup-vllm  ## three vLLM engines share a prompt, two of them killed; installs vLLM first
