@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""deploy/systemd/cenoted.service: every directive is explained, and fits the daemon."""
+"""The systemd units of deploy/: every directive is explained, fits, and is understood."""
 
 from __future__ import annotations
 
 import configparser
+import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -79,3 +81,32 @@ def test_systemd_understands_the_unit(unit: Path, tmp_path: Path) -> None:
     )
 
     assert (ran.returncode, [x for x in ran.stderr.splitlines() if unit.name in x]) == (0, [])
+
+
+def test_systemd_understands_the_drop_in_for_vllm(project_root: Path, tmp_path: Path) -> None:
+    """
+    deploy/vllm/cenote.conf beside a unit with the ExecStart of the README there: nothing to say,
+    and what vLLM gets is JSON that names the connector.
+    """
+    folder = project_root / "deploy" / "vllm"
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^ExecStart=(.*)$", readme, re.MULTILINE)
+    given = json.loads(shlex.split(line)[-1])
+    assert given["kv_connector"] == "CenoteConnector"
+    assert not set(line) & set("%$\\")  # systemd would replace these
+
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("systemd-analyze is not installed here")
+    unit = tmp_path / "vllm.service"
+    start = line.replace("/opt/vllm/bin/vllm", sys.executable)
+    unit.write_text(f"[Service]\nExecStart={start}\n")
+    drop_in = tmp_path / "vllm.service.d" / "cenote.conf"
+    drop_in.parent.mkdir()
+    shutil.copy(folder / drop_in.name, drop_in)
+    ran = subprocess.run(
+        [analyze, "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False
+    )
+
+    said = [x for x in ran.stderr.splitlines() if unit.name in x]
+    assert (ran.returncode, said) == (0, [])
