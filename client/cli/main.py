@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from cenote.client.errors import CenoteError
+from cenote.shm.facts import printable
 
 from . import common
 
@@ -33,6 +34,7 @@ COMMANDS: Final = {
     "bench": "measure hits, matches and copies here",
 }
 DEMO: Final = "demo"
+OWN_OPTIONS: Final = ("-h", "--help", "--version")  # the only ones before a command
 
 
 def new_parser() -> argparse.ArgumentParser:
@@ -69,8 +71,20 @@ def _dispatch(argv: list[str]) -> int:
         from .demo import main as demo
 
         return int(demo(argv[1:]) or common.EXIT_DONE)
+    _check_order(argv)
     args = new_parser().parse_args(argv)
     return int(args.run(args))
+
+
+def _check_order(argv: list[str]) -> None:
+    """Refuse an option before the command: argparse would call it unknown, which it is not."""
+    first = argv[0] if argv else ""
+    if first.startswith("-") and first not in OWN_OPTIONS:
+        raise common.Failure(
+            f"{printable(first)!r} stands before the command: options go behind it, as in "
+            "`cenote status --json`. `cenote COMMAND --help` lists those of a command",
+            common.EXIT_USAGE,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

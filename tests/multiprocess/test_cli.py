@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -180,6 +181,41 @@ def test_a_reused_pid_is_not_taken_for_the_client() -> None:
     assert status.process_state(os.getpid(), 1) == "unknown"
     assert status.process_state(os.getpid(), 0) == "running"
     assert status.process_state(0, 0) == "unknown"
+
+
+def test_every_json_field_is_documented(
+    prod: Cache, holder: subprocess.Popen[str], tool: Callable[..., str], project_root: Path
+) -> None:
+    """
+    docs/tool.md lists what `status`, `top` and `ls` write with --json, to the last field.
+    """
+    listed = (project_root / "docs" / "tool.md").read_text().partition("## JSON fields")[2]
+    known = set(re.findall(r"`(\w+)`", listed))
+
+    def names(value: Any) -> Iterator[str]:
+        if isinstance(value, list):
+            for each in value:
+                yield from names(each)
+        elif isinstance(value, dict):
+            yield from value
+            for name, each in value.items():
+                if name != "manifest":  # the client's own
+                    yield from names(each)
+
+    looks = tool("top", "--json", "--count", "2", "--interval", "1ms").splitlines()
+    found = [json.loads(tool(command, "--json")) for command in ("status", "ls")]
+    assert set(names(found + [json.loads(look) for look in looks])) - known == set()
+
+
+def test_an_option_before_the_command_is_told_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    """
+    `cenote --json status` is wrong usage, and says where the option goes.
+    """
+    assert main(["--json", "status"]) == 2
+    assert "'--json' stands before the command" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
 
 
 def test_top_writes_rates_between_two_looks(prod: Cache, tool: Callable[..., str]) -> None:
