@@ -130,8 +130,9 @@ def _shm(wants: Sequence[Want], host: Host) -> list[Shortage]:
             str(host.shm_dir),
             have_bytes,
             want_bytes,
-            f"Enlarge it (`mount -o remount,size={mounted_mib}M {host.shm_dir}`; containers: "
-            f"`docker run --shm-size={mounted_mib}m`), use medium memfd, or ask for less.",
+            "Ask for less (--size), use medium memfd, or enlarge it "
+            f"(`mount -o remount,size={mounted_mib}M {host.shm_dir}`; containers: "
+            f"`docker run --shm-size={mounted_mib}m`).",
         )
     ]
 
