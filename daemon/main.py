@@ -16,12 +16,13 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
 from cenote.shm import media
 from cenote.shm.errors import CenoteError
-from cenote.shm.paths import PathError
+from cenote.shm.paths import SOCKET_ENV, PathError
 
 from . import config_reload, config_sources, logs, systemd
 from .config import ConfigError, DaemonConfig
@@ -107,9 +108,22 @@ class Daemon:
     def _say_ready(self) -> None:
         text = "; ".join(served.ready_text() for served in self._pools)
         print(f"ready {text}", flush=True)
+        self._say_what_is_ignored()
         for served in self._pools:
             log.info("ready", pool=served.name, socket=served.socket_path, pid=os.getpid())
         systemd.notify("READY=1")
+
+    def _say_what_is_ignored(self) -> None:
+        """$CENOTE_SOCKET is for clients; who sets it for a daemon may have meant ours."""
+        named = os.environ.get(SOCKET_ENV)
+        if named and Path(named) not in [served.socket_path for served in self._pools]:
+            log.warning(
+                "client_variable",
+                socket=named,
+                remark=f"${SOCKET_ENV} tells clients where to look, not this daemon where to "
+                "listen: that is $CENOTED_SOCKET or --socket. Clients with this environment will "
+                "not find it",
+            )
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Answer systemd's watchdog, if it asks: the only timer of an idle daemon."""

@@ -193,6 +193,22 @@ def test_a_run_directory_closed_to_listed_users_is_warned_of(
     assert not daemon.events("run_dir_closed")
 
 
+def test_the_clients_variable_is_no_setting_of_the_daemon(
+    cenoted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    $CENOTE_SOCKET does not say where cenoted listens; a line says what does, unless both agree.
+    """
+    monkeypatch.setenv("CENOTE_SOCKET", str(tmp_path / "meant.sock"))
+    said = cenoted(path=tmp_path / "real.sock").wait_for("client_variable")
+    assert "$CENOTED_SOCKET" in said["remark"]
+    (tmp_path / "daemon.log").unlink()
+
+    agreeing = cenoted(path=tmp_path / "meant.sock")
+    agreeing.wait_for("ready")
+    assert not agreeing.events("client_variable")
+
+
 def test_wrong_usage_ends_with_status_2(cenoted: Callable[..., Any]) -> None:
     """A configuration that cannot be used, or too little memory, is status 2 with the reason."""
     daemon = cenoted(size="4G")
