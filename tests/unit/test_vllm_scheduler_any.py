@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -17,6 +18,11 @@ WORKERS = 2
 CHUNKS = 4
 PROMPTS = st.sampled_from(["p", "q"])
 PICK = st.integers(0, 1000)
+BLOCKS = 2000  # of the engine: more than all requests of a run take
+SIZES = st.sampled_from([1, 3, 4, 8, 9, 12, 15])  # blocks of a prompt; the pool has 8 of "p"
+SELDOM = st.sampled_from([False, False, False, True])
+TOKENS = st.sampled_from([6 * CHUNK, 3 * CHUNK, CHUNK, BLOCK, 1, 0])  # of a request in a step
+OUTCOME = st.sampled_from(["place", "place", "place", "wait", "none"])
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -33,23 +39,33 @@ class AnyOrder(RuleBasedStateMachine):
         self.host = MemoryHost("4MiB", chunk_count=512)
         self.pool = self.host.connect()
         given = {"transfer": self.transfer, "min_load_tokens": 1}
-        self.bed = Bed(self.pool, (FULL, WINDOW), given=given)
+        self.bed = Bed(self.pool, (FULL, WINDOW), given=given, blocks=BLOCKS)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.planned: dict[str, Request] = {}  # placed: the next step takes their loads
         self.loads: dict[str, Request | None] = {}  # None: the request is over
         self.failed: set[str] = set()
         self.saves: dict[int, int] = {}  # number: answers that are missing
+        self.leased: dict[str, int] = {}  # leases of a request that is matched or loading
         self.names = 0
         self.bed.store("p", range(CHUNKS))
 
     # ---- what happens ------------------------------------------------------------------------
 
-    @rule(prompt=PROMPTS, blocks=st.integers(1, 2 * CHUNKS + 1), skip=st.booleans())
-    def comes(self, prompt: str, blocks: int, skip: bool) -> None:
+    @rule(
+        prompt=PROMPTS,
+        blocks=SIZES,
+        skip=SELDOM,
+        outcome=OUTCOME,
+        computed=st.integers(0, 2),
+    )
+    def comes(self, prompt: str, blocks: int, skip: bool, outcome: str, computed: int) -> None:
+        """And is looked up at once, as in an engine that has room: runs are short."""
         self.names += 1
         name = f"r{self.names}"
-        self.waiting.append(self.bed.request(name, blocks * BLOCK, prompt, skip_save=skip))
+        request = self.bed.request(name, blocks * BLOCK, prompt, skip_save=skip)
+        self.waiting.append(request)
+        self._match(request, computed, outcome)
 
     @rule(prompt=PROMPTS, end=st.integers(1, CHUNKS))
     def is_stored_by_others(self, prompt: str, end: int) -> None:
@@ -60,17 +76,18 @@ class AnyOrder(RuleBasedStateMachine):
         self.bed.caches(rank % 2)[rank].delete(self.bed.key(prompt, chunk))
 
     @precondition(lambda self: self.waiting)
-    @rule(
-        pick=PICK,
-        computed=st.integers(0, 2),
-        outcome=st.sampled_from(["place", "place", "wait", "none"]),
-    )
+    @rule(pick=PICK, computed=st.integers(0, 2), outcome=OUTCOME)
     def is_matched(self, pick: int, computed: int, outcome: str) -> None:
-        request = self.waiting[pick % len(self.waiting)]
+        self._match(self.waiting[pick % len(self.waiting)], computed, outcome)
+
+    def _match(self, request: Request, computed: int, outcome: str) -> None:
         held = min(computed * BLOCK, (request.num_tokens - 1) // BLOCK * BLOCK)
         tokens = self.bed.scheduler.matched(request, held)
         assert tokens == 0 or request.request_id not in self.failed
         assert held + tokens <= request.num_tokens
+        self.leased.pop(request.request_id, None)
+        self.leased[request.request_id] = self.pool.leases - sum(self.leased.values())
+        assert bool(self.leased[request.request_id]) == bool(tokens)
         if outcome == "wait":
             return
         self.waiting.remove(request)
@@ -80,13 +97,16 @@ class AnyOrder(RuleBasedStateMachine):
             self.planned[request.request_id] = request
             self._check_presence(self.bed.scheduler._loads[-1])
         else:
+            self.leased.pop(request.request_id)
             self.running.append(request)
 
-    @rule(pick=PICK, tokens=st.integers(1, 3 * CHUNK), computes=st.booleans())
-    def steps(self, pick: int, tokens: int, computes: bool) -> None:
+    @rule(tokens=TOKENS)
+    def steps(self, tokens: int) -> None:
+        computing = [*self.running] if tokens else []
+        if self.transfer == "layers":
+            computing += self.planned.values()  # the step that loads them computes them, too
         scheduled = {}
-        if computes and self.running:
-            request = self.running[pick % len(self.running)]
+        for request in computing:
             left = request.num_tokens - self.bed.computed[request.request_id]
             scheduled[request.request_id] = max(1, min(tokens, left))
         out = bool(self.planned or self.loads)
@@ -96,12 +116,14 @@ class AnyOrder(RuleBasedStateMachine):
         assert not (self.transfer == "layers" and out and work.saves)
         self._check_saves(work)
         self.planned = {}
+        self._let_go_of_all_but(self.loads)  # matched and not placed
 
     @precondition(lambda self: self.loads)
     @rule(pick=PICK, fails=st.booleans())
     def is_loaded(self, pick: int, fails: bool) -> None:
         name = sorted(self.loads)[pick % len(self.loads)]
         request = self.loads.pop(name)
+        self.leased.pop(name)
         done = StepDone(failed={name} if fails else set())
         if self.transfer == "layers":
             done.in_step.add(name)
@@ -111,6 +133,7 @@ class AnyOrder(RuleBasedStateMachine):
         if request is not None and fails:
             self.failed.add(name)
             self._preempt(request)
+            self._match(request, 0, "wait")  # the next step asks for it again
         elif request is not None:
             self.running.append(request)
 
@@ -141,13 +164,14 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def is_reset(self) -> None:
         self.bed.scheduler.reset()
+        self._let_go_of_all_but({**self.planned, **self.loads})
 
     # ---- what must hold ----------------------------------------------------------------------
 
     @invariant()
     def leases_are_of_what_is_matched_or_loading(self) -> None:
-        if not (self.planned or self.loads or self.waiting):
-            assert self.pool.leases == 0
+        """Also of a request that is over while its load is with the workers."""
+        assert self.pool.leases == sum(self.leased.values())
 
     @invariant()
     def references_are_of_what_is_being_saved(self) -> None:
@@ -191,6 +215,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.bed.computed.pop(request.request_id, None)
         self.waiting.append(request)
 
+    def _let_go_of_all_but(self, names: Iterable[str]) -> None:
+        self.leased = {name: self.leased[name] for name in names}
+
     def _end(self, request: Request) -> None:
         name = request.request_id
         for group in (self.waiting, self.running):
@@ -201,6 +228,8 @@ class AnyOrder(RuleBasedStateMachine):
             self.steps_with_orphan(name)
         if name in self.loads:
             self.loads[name] = None
+        else:
+            self.leased.pop(name, None)
         self.bed.forget(request)
 
     def steps_with_orphan(self, name: str) -> None:
@@ -212,11 +241,12 @@ class AnyOrder(RuleBasedStateMachine):
         self.loads.update(others)
         self.loads[name] = None
         self.planned = {}
+        self._let_go_of_all_but(self.loads)
 
     def teardown(self) -> None:
         """At rest nothing is held, whatever happened."""
         try:
-            self.steps(0, 1, computes=False)
+            self.steps(0)
             while self.loads:
                 self.is_loaded(0, fails=False)
             for request in [*self.waiting, *self.running]:
@@ -239,7 +269,7 @@ class AnyOrderInStep(AnyOrder):
 def _test_of(machine: Any) -> Any:
     test = machine.TestCase
     test.settings = settings(
-        max_examples=60,
+        max_examples=80,
         stateful_step_count=40,
         deadline=None,
         suppress_health_check=list(HealthCheck),
