@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -65,9 +65,10 @@ class Announced:
 
     def knows(self, tag: Hashable) -> bool:
         """Was it announced, or is it about to be?"""
-        if tag in self._announced:
-            self._announced.move_to_end(tag)
-            return True
+        with self._lock:  # the follower may withdraw it between the look and the move
+            if tag in self._announced:
+                self._announced.move_to_end(tag)
+                return True
         return tag in self._unsure
 
     def offer(self, tag: Hashable, saying: Any, kept: Any) -> None:
@@ -96,18 +97,19 @@ class Announced:
         Announce what is there.
 
         First announced, then looked for: what leaves before the look is seen by the look, what
-        leaves after it by the follower, which finds it announced.
+        leaves after it by the follower, which finds it announced. What the follower took back in
+        between is looked for again: it may have been told of an earlier chunk of that key.
         """
         with self._lock:
             self._announced[tag] = unsure.kept
-        if self._is_there(tag):
-            with self._lock:
+        there = self._is_there(tag)
+        with self._lock:
+            if there and tag in self._announced:
+                del self._unsure[tag]
                 self._said.append(unsure.saying)
                 while len(self._announced) > ANNOUNCED_MAX:
                     self._withdraw(next(iter(self._announced)))
-            del self._unsure[tag]
-            return
-        with self._lock:
+                return
             self._announced.pop(tag, None)
         unsure.looks += 1  # the daemon links what was committed a moment later
         if unsure.looks >= LOOKS_MAX:
@@ -120,22 +122,27 @@ class Announced:
                 self._withdraw(tag)
 
     def _withdraw(self, tag: Hashable) -> None:
-        """Say that it is gone; the lock is held."""
+        """Say that it is gone, if it was said to be there; the lock is held."""
         kept = self._announced.pop(tag, None)
-        if kept is not None:
+        if kept is not None and tag not in self._unsure:
             self._said.append(self._withdrawal(kept))
 
     # ---- the follower's thread -------------------------------------------------------------------
 
     def follow(self, pool: Pool) -> None:
-        """Begin to follow a pool's feed; it ends when the pool is closed."""
+        """
+        Follow a pool's feed from this call on; it ends when the pool is closed.
+
+        The place is taken here: what leaves before the thread runs may be announced already.
+        """
+        feed = pool.events()
         threading.Thread(
-            target=self._follow, args=(pool,), name="cenote events", daemon=True
+            target=self._follow, args=(feed,), name="cenote events", daemon=True
         ).start()
 
-    def _follow(self, pool: Pool) -> None:
+    def _follow(self, feed: Iterable[Event | Gap]) -> None:
         try:
-            for event in pool.events():
+            for event in feed:
                 self._take_in(event)
         except CenoteError as error:
             log.info("cenote: the pool's events end: %s", error)
