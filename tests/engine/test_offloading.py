@@ -49,7 +49,7 @@ def test_manager_and_worker_without_an_engine(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n")
     environment = engine_environment()
     environment["PYTHONPATH"] += f":{tmp_path}:{ROOT}"
-    files = [str(HERE / name) for name in ("spec_loads.py", "spec_stores.py")]
+    files = [str(HERE / name) for name in ("spec_loads.py", "spec_stores.py", "spec_events.py")]
     command = [str(PYTHON), "-m", "pytest", "-q", "-c", str(tmp_path / "pytest.ini")]
     options = ["--noconftest", "-p", "no:cacheprovider", "-p", "tests.engine.spec_bed"]
 

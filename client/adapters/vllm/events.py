@@ -38,6 +38,9 @@ class Events:
     def __init__(self, shape: Shape, lookup: Lookup) -> None:
         self._shape: Final = shape
         self._lookup: Final = lookup
+        # Those that need every chunk; of a window's, a hit needs only the last.
+        full = tuple(group for group in shape.groups if not group.window)
+        self._needed: Final = full or shape.groups
         self._announced: Final = Announced(
             self._is_there,
             self._key_of,
@@ -88,9 +91,10 @@ class Events:
         )
 
     def _key_of(self, event: Event) -> bytes | None:
-        return event.key if self._lookup.is_ours(event.namespace_id) else None
+        """Return the key of a chunk that an announcement rests on."""
+        group = self._lookup.group_of(event.namespace_id)
+        return event.key if any(each.index == group for each in self._needed) else None
 
     def _is_there(self, key: bytes) -> bool:
         """Have the groups that need every chunk this one?"""
-        full = [group for group in self._shape.groups if not group.window]
-        return all(self._lookup.has(group, key) for group in full or self._shape.groups)
+        return all(self._lookup.has(group, key) for group in self._needed)

@@ -96,10 +96,6 @@ class Lookup:
         """Would the pool take a chunk now?"""
         return self.ready and self._attachment.storing
 
-    def is_ours(self, namespace_id: bytes) -> bool:
-        """Is it one of this engine's namespaces?"""
-        return self.group_of(namespace_id) is not None
-
     def group_of(self, namespace_id: bytes) -> int | None:
         """Return which group's namespace it is; None: no namespace of this engine."""
         for group, caches in self._open.items():
