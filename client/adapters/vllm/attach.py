@@ -123,6 +123,9 @@ class Attachment:
             self._tell(f"no pool yet, everything is computed until there is one: {error}")
             return False
         self._pool = pool
+        if self._closed:  # meanwhile: close() has not seen this one
+            pool.close()
+            return False
         log.info("cenote: attached to pool %r as %s", pool.name, pool.role)
         if pool.role == "reader":
             log.warning(
@@ -130,8 +133,11 @@ class Attachment:
                 "list it under writers in [pool.access]",
                 pool.name,
             )
-        if self._attached is not None:
-            self._attached(pool)
+        try:
+            if self._attached is not None:
+                self._attached(pool)
+        except Exception:  # namespaces are still to be opened, by this thread alone
+            log.exception("cenote: pool %r is used all the same; please report this", pool.name)
         return True
 
     def _opened(self, pool: Pool, manifest: Manifest) -> Cache:
