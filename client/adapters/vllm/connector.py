@@ -9,10 +9,13 @@ docs/engines.md.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
+from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -79,6 +82,7 @@ class CenoteConnector(KVConnectorBase_V1, SupportsHMA):
             self._attachment = Attachment(self._settings.socket, "vllm scheduler", self._follow)
             self._scheduler = self._made_scheduler(vllm_config, shape)
         else:
+            _look_at_outer_policy(self._kv_transfer_config)
             self._attachment = Attachment(
                 self._settings.socket, "vllm worker", self._worker_attached
             )
@@ -323,6 +327,34 @@ class CenoteConnector(KVConnectorBase_V1, SupportsHMA):
             if self._events is not None:
                 self._events.forget()
         return True
+
+
+# A MultiConnector looks the class up by this name when it is sent its counters, wherever the class
+# was loaded from.
+with contextlib.suppress(ValueError):  # it is registered already
+    KVConnectorFactory.register_connector(
+        CenoteConnector.__name__, "cenote.client.adapters.vllm", CenoteConnector.__name__
+    )
+
+
+def _look_at_outer_policy(ours: Any) -> None:
+    """
+    Warn where a load that fails will fail its request.
+
+    Below a MultiConnector vLLM follows the policy of that, which a child is not given. In a worker,
+    and only there, the engine's own configuration can be had while the connector is made.
+    """
+    engine = get_current_vllm_config_or_none()
+    outer = engine.kv_transfer_config if engine is not None else None
+    if outer is None or outer.kv_connector == ours.kv_connector:
+        return
+    if outer.kv_load_failure_policy != "recompute":
+        log.warning(
+            "cenote: the kv_load_failure_policy of the %s is %r: a load that fails will fail its "
+            "request. Set it to 'recompute' there",
+            outer.kv_connector,
+            outer.kv_load_failure_policy,
+        )
 
 
 def shape_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings) -> Shape:
