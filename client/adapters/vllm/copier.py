@@ -133,8 +133,10 @@ class CudaCopier:
         sources, targets, lengths = _cut(self._registered(), sources, targets, lengths, hosts)
         tensors = [torch.from_numpy(each.astype(np.int64)) for each in (sources, targets, lengths)]
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
-            _custom_ops.swap_blocks_batch(*tensors)
-        stream.synchronize()
+            try:
+                _custom_ops.swap_blocks_batch(*tensors)
+            finally:  # what was submitted may run still, into memory that others get after this
+                stream.synchronize()
 
     def _registered(self) -> Registration | None:
         """

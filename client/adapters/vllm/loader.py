@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Final
 
 from cenote.client.errors import CenoteError, ChunkLost
 
-from .groups import SKIP
 from .memory import Memory
 from .messages import ChunkPages, Era, Load
 from .settings import LOGGER
@@ -79,11 +78,16 @@ class Loader:
         Returns:
             As load(); layers after a failure are not copied, and *loaded* is called all the same.
         """
-        told = iter(layers)
+        left = dict.fromkeys(layers)
+
+        def tell(layer: str) -> None:
+            del left[layer]
+            loaded(layer)
+
         try:
-            return self._counted(load, lambda: self._layers(era, load, told, loaded))
+            return self._counted(load, lambda: self._layers(era, load, layers, tell))
         finally:
-            for layer in told:
+            for layer in left:  # the one that failed, too: the engine waits for each
                 loaded(layer)
 
     def _counted(self, load: Load, copy: Callable[[], int]) -> set[int]:
@@ -100,8 +104,7 @@ class Loader:
         except Exception:  # a load that is not reported would hold its request for ever
             log.exception("cenote: request %s is computed instead; please report", load.request)
         self._stats.add(failed_loads=1)
-        left = load.chunks[done:]
-        return {block for pages in left for block in pages.blocks if block != SKIP}
+        return load.blocks(done)
 
     # ---- whole chunks ----------------------------------------------------------------------------
 
@@ -124,7 +127,7 @@ class Loader:
     # ---- layer by layer --------------------------------------------------------------------------
 
     def _layers(
-        self, era: Era, load: Load, layers: Iterator[str], loaded: Callable[[str], None]
+        self, era: Era, load: Load, layers: Sequence[str], loaded: Callable[[str], None]
     ) -> int:
         with self._leased(era, load) as held:
             _check_complete(held, load, done=0)

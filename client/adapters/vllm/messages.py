@@ -15,6 +15,8 @@ from typing import NamedTuple, TypeAlias
 
 from cenote.client.manifest import Value
 
+from .groups import SKIP
+
 Fields: TypeAlias = dict[str, Value]
 
 
@@ -78,6 +80,10 @@ class Load(NamedTuple):
     request: str
     chunks: tuple[ChunkPages, ...]
     in_step: bool
+
+    def blocks(self, first: int = 0) -> set[int]:
+        """Return the engine's blocks that its chunks from *first* on are to fill."""
+        return {block for pages in self.chunks[first:] for block in pages.blocks if block != SKIP}
 
 
 class Save(NamedTuple):

@@ -3,7 +3,8 @@
 From the engine's pages into the pool: a chunk at a time, whole or layer by layer.
 
 A copying thread waits for room, no request does, and only for a moment: a session's first extents
-come when it first asks for one. What does not fit is not cached, and is counted.
+come when it first asks for one. What does not fit is not cached, and is counted. So is what meets
+an error of any kind: a save that is not answered would keep the engine's blocks for ever.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Saver:
                 return stored
             with put:
                 self._memory.copier.save(put, layout.pieces(save.pages.blocks), ready)
-        except (CenoteError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is answered
             return self._not_saved(error)
         self._stats.add(
             saves=1, saved_bytes=layout.nbytes, save_seconds=time.perf_counter() - started_s
@@ -84,7 +85,7 @@ class Saver:
         for save in saves:
             try:
                 put, stored = self._reserved(era, save)
-            except (CenoteError, OSError) as error:
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is answered
                 put, stored = None, self._not_saved(error)
             self._open.append(Open(save, put, stored))
 
@@ -102,7 +103,7 @@ class Saver:
                 pieces = layout.pieces(one.save.pages.blocks, runs)
                 self._memory.copier.save(one.put, pieces, ready)
                 one.filled.add(layer)
-            except (CenoteError, OSError) as error:
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is answered
                 one.put.abort()
                 one.put, one.stored = None, self._not_saved(error)
             self._stats.add(save_seconds=time.perf_counter() - started_s)
@@ -119,10 +120,10 @@ class Saver:
             by_layer = self._memory.layouts[one.save.pages.group].by_layer or {}
             missing = [layer for layer in by_layer if layer not in one.filled]
             if missing or not by_layer:  # the engine skipped them: no byte may be stale
-                one.put.abort()
                 raise CenoteError(f"of {len(by_layer)} layers {', '.join(missing)} were not given")
             one.put.commit()
-        except (CenoteError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is answered
+            one.put.abort()  # nothing is to be done where commit() has done it
             return self._not_saved(error)
         self._stats.add(saves=1, saved_bytes=one.put.nbytes)
         return True
@@ -159,4 +160,6 @@ class Saver:
         if name not in self._told:
             self._told.add(name)
             log.warning("cenote: a chunk is not saved, it will be computed again: %s", error)
+            if not isinstance(error, (CenoteError, OSError)):
+                log.warning("cenote: please report this", exc_info=error)
         return False

@@ -141,11 +141,15 @@ class Worker:
 
     def begin(self, work: StepWork) -> None:
         """Be told of a step before it computes: layer by layer, room for what it stores is made."""
-        if self._layers and work.saves:
+        if self._layers and work.saves and self._memory is not None:
             self._submit(self._saving, self._saver.begin, work.era, work.saves)
 
     def start_loads(self, work: StepWork) -> None:
         """Begin what is to be loaded."""
+        if self._memory is None:
+            for load in work.loads:
+                self._loaded(load, load.blocks())
+            return
         for load in work.loads:
             if load.in_step:
                 with self._changed:
@@ -168,7 +172,11 @@ class Worker:
 
     def start_saves(self, work: StepWork) -> None:
         """Begin, or end, what is to be stored of what this step has computed."""
-        if not work.saves or self._memory is None:
+        if not work.saves:
+            return
+        if self._memory is None:
+            for save in work.saves:
+                self._report(save, stored=False)
             return
         if self._layers:
             self._submit(self._saving, self._end_layers)
@@ -222,14 +230,22 @@ class Worker:
                 self._changed.notify_all()
 
     def _load(self, era: Era, load: Load) -> None:
-        if load.in_step:
-            bad = self._loader.load_layers(era, load, self._layers, self._layer_loaded)
-        else:
-            bad = self._loader.load(era, load)
+        bad = load.blocks()
+        try:
+            if load.in_step:
+                bad = self._loader.load_layers(era, load, self._layers, self._layer_loaded)
+            else:
+                bad = self._loader.load(era, load)
+        finally:
+            with self._changed:
+                self._loaded(load, bad)
+                self._in_step -= load.in_step
+
+    def _loaded(self, load: Load, bad: set[int]) -> None:
+        """Note that a load is over; blocks in *bad* hold nothing."""
         with self._changed:
             ended = self._finished.step.in_step if load.in_step else self._finished.loaded
             ended.add(load.request)
-            self._in_step -= load.in_step
             self._changed.notify_all()
             if bad:
                 self._finished.failed.add(load.request)
