@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
+from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -50,6 +52,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 log = logging.getLogger(LOGGER)
+
+# Workers of this process, by engine.
+_workers: Final[weakref.WeakValueDictionary[str, Worker]] = weakref.WeakValueDictionary()
 
 
 class CenoteConnector(KVConnectorBase_V1, SupportsHMA):
@@ -89,6 +94,7 @@ class CenoteConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker = Worker(
                 self._settings, shape, engine_fields(vllm_config), self._attachment
             )
+            _workers[self._kv_transfer_config.engine_id] = self._worker
         self._attachment.start()
 
     def _made_scheduler(self, vllm_config: VllmConfig, shape: Shape) -> Scheduler:
@@ -300,7 +306,21 @@ class CenoteConnector(KVConnectorBase_V1, SupportsHMA):
         """Let go of what was held for a request. Its blocks may go: saves reference theirs."""
         assert self._scheduler is not None
         self._scheduler.finished(request)
+        if not envs.VLLM_ENABLE_V1_MULTIPROCESSING and self._scheduler.only_saving:
+            self._collect_saves()
         return False, None
+
+    def _collect_saves(self) -> None:
+        """
+        Wait for the last saves of an engine that runs in its caller's process.
+
+        Nobody looks at has_pending_push_work() there: no step follows the last answer, and blocks
+        would stay referenced until the next request, so that no reset and no sleep succeeds.
+        """
+        assert self._scheduler is not None
+        worker = _workers.get(self._kv_transfer_config.engine_id)
+        if worker is not None:
+            self._scheduler.done((), worker.saves_that_ended())
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]

@@ -393,6 +393,11 @@ class Scheduler:
         """Is something on its way into the pool?"""
         return bool(self._saving)
 
+    @property
+    def only_saving(self) -> bool:
+        """Is something on its way into the pool, and no request known?"""
+        return bool(self._saving) and not self._tracked
+
     # ---- ends ------------------------------------------------------------------------------------
 
     def finished(self, request: Request) -> None:

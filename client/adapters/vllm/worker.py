@@ -201,6 +201,15 @@ class Worker:
             news, self._finished = self._finished, Finished()
         return news
 
+    def saves_that_ended(self) -> StepDone:
+        """Wait until nothing is copied any more; return what came of saves since finished()."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._pending == 0)
+            step = self._finished.step
+            taken = StepDone(step.saved, step.unsaved)
+            step.saved, step.unsaved = {}, {}
+        return taken
+
     def _has_news(self) -> bool:
         return bool(self._finished.loaded or self._finished.step)
 
