@@ -25,6 +25,7 @@ from vllm.v1.request import Request
 from cenote.client import Cache, Event
 from cenote.client.adapters.vllm.events import Events
 from cenote.client.adapters.vllm.identity import manifest_of
+from cenote.client.adapters.vllm.messages import Fields
 from cenote.client.testing import MemoryHost
 
 TOKENS = 4 * CHUNK + BLOCK + 1
@@ -186,7 +187,7 @@ def test_events_of_others_are_not_ours(bench: Bench) -> None:
     bench.store(request, [0])
     bench.events.available(request, [0])
     bench.events.take()
-    fields = {"model": "other", "layout": "l", "dtype": "uint8", "group": 0, "tp_rank": 0}
+    fields: Fields = {"model": "other", "layout": "l", "dtype": "uint8", "group": 0, "tp_rank": 0}
     other = bench.pool.namespace(manifest_of(fields, ERA, CHUNK))
     put_all(other, [bench.key(request, 0)])
     other.delete(bench.key(request, 0))

@@ -16,7 +16,7 @@ from cenote.client import Cache, Manifest, Pool
 from cenote.client.adapters.vllm import attach
 from cenote.client.adapters.vllm.attach import Attachment
 from cenote.client.adapters.vllm.identity import manifest_of
-from cenote.client.adapters.vllm.messages import Era
+from cenote.client.adapters.vllm.messages import Era, Fields
 from cenote.client.adapters.vllm.settings import LOGGER
 from cenote.client.testing import MemoryHost
 
@@ -99,7 +99,8 @@ def attached() -> Iterator[Callable[..., Attachment]]:
 
 
 def manifest(*, reset: str = "", **changes: Any) -> Manifest:
-    fields = {"model": "m", "layout": "l", "dtype": "uint8", "group": 0, "tp_rank": 0, "pp_rank": 0}
+    fields: Fields = {"model": "m", "layout": "l", "dtype": "uint8", "group": 0}
+    fields |= {"tp_rank": 0, "pp_rank": 0}
     return manifest_of({**fields, **changes}, Era("sha256", "seed", reset), 256)
 
 

@@ -213,7 +213,9 @@ def stored(cache: Cache, *numbers: int) -> None:
 
 def pool_bench(cache: Cache) -> Bench:
     bench = Bench()
-    bench.announced = Announced(cache.match, lambda each: each.key, bench._withdrawn)
+    bench.announced = Announced(
+        lambda key: bool(cache.match(key)), lambda each: each.key, bench._withdrawn
+    )
     return bench
 
 

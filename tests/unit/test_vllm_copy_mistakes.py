@@ -129,7 +129,7 @@ def test_a_save_that_fails_is_answered_like_any_other(
     if failing is not None:
         at = Fails(getattr(cache, failing), error, 2)
         stand_in = type("Stand", (), {"match": cache.match, "put": cache.put, failing: at})
-        memory.caches[0] = stand_in()  # type: ignore[assignment]
+        memory.caches[0] = stand_in()
     else:
         monkeypatch.setattr(memory.copier, "save", Fails(memory.copier.save, error, 2))
     worker = worker_of(memory, transfer)
@@ -256,9 +256,9 @@ def test_a_submission_that_fails_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
 
     cuda = SimpleNamespace(Stream=Stream, device=anything, stream=anything)
     torch = SimpleNamespace(cuda=cuda, from_numpy=lambda array: array)
-    monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torch", torch)
     vllm = SimpleNamespace(_custom_ops=SimpleNamespace(swap_blocks_batch=submit))
-    monkeypatch.setitem(sys.modules, "vllm", vllm)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
     copier = CudaCopier("cuda:0")
     one = np.ones(1, np.int64)
     with pytest.raises(RuntimeError, match="CUDA"):
