@@ -3,23 +3,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pytest
 from tests.engine.engines import Connector, Engine, EngineFailed, cenote_connector
+from tests.engine.inside import run_inside
 from tests.engine.pools import CHUNK, wait_for_chunks, wait_until, watching
-from tests.engine.processes import HERE, PYTHON, ROOT, engine_environment
 from tests.engine.prompts import prompt_of
 
 Engines = Callable[..., Engine]
 Models = Callable[..., Path]
 Daemons = Callable[..., Any]
-
-PYTEST: Final = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py")
 
 
 def offloading_connector(socket_path: Path, **extra: Any) -> Connector:
@@ -40,28 +36,7 @@ def test_manager_and_worker_without_an_engine(tmp_path: Path) -> None:
     """
     The tests of spec_*.py, in the environment that has vLLM, with the pytest of this one.
     """
-    for name in PYTEST:
-        found = importlib.util.find_spec(name)
-        if found is not None and found.origin is not None:
-            at = Path(found.origin)
-            at = at.parent if at.name == "__init__.py" else at
-            (tmp_path / at.name).symlink_to(at)
-    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n")
-    environment = engine_environment()
-    environment["PYTHONPATH"] += f":{tmp_path}:{ROOT}"
-    files = [str(HERE / name) for name in ("spec_loads.py", "spec_stores.py", "spec_events.py")]
-    command = [str(PYTHON), "-m", "pytest", "-q", "-c", str(tmp_path / "pytest.ini")]
-    options = ["--noconftest", "-p", "no:cacheprovider", "-p", "tests.engine.spec_bed"]
-
-    done = subprocess.run(
-        [*command, *options, *files],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    run_inside(tmp_path, ["spec_loads.py", "spec_stores.py", "spec_events.py"], ["spec_bed"])
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

@@ -145,15 +145,15 @@ class Worker:
             self._submit(self._saving, self._saver.begin, work.era, work.saves)
 
     def start_loads(self, work: StepWork) -> None:
-        """Begin what is to be loaded."""
-        if self._memory is None:
-            for load in work.loads:
-                self._loaded(load, load.blocks())
-            return
+        """Begin what is to be loaded. Asleep, nothing can be: it is to be computed."""
         for load in work.loads:
+            if self._memory is None:
+                self.stats.add(failed_loads=1)
+                self._loaded(load, load.blocks())
+                continue
+            with self._changed:
+                self._in_step += load.in_step
             if load.in_step:
-                with self._changed:
-                    self._in_step += 1
                 for layer in self._layers:
                     self._layer_loads[layer] = self._layer_loads.get(layer, 0) + 1
             self._submit(self._loading, self._load, work.era, load)
@@ -171,10 +171,15 @@ class Worker:
             self._submit(self._saving, self._saver.layer, layer, ready)
 
     def start_saves(self, work: StepWork) -> None:
-        """Begin, or end, what is to be stored of what this step has computed."""
+        """
+        Begin, or end, what is to be stored of what this step has computed.
+
+        Asleep, it is reported as not stored: until then the scheduler's half keeps its blocks.
+        """
         if not work.saves:
             return
         if self._memory is None:
+            self.stats.add(failed_saves=len(work.saves))
             for save in work.saves:
                 self._report(save, stored=False)
             return
