@@ -106,6 +106,7 @@ def vllm_config(layers: dict[str, Any]) -> Any:
             dtype=torch.bfloat16,
             revision=None,
             quantization=None,
+            runner_type="generate",
         ),
         cache_config=SimpleNamespace(cache_dtype="auto", prefix_caching_hash_algo="sha256"),
         parallel_config=SimpleNamespace(

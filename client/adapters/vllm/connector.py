@@ -31,7 +31,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from .attach import Attachment
 from .events import Events
 from .groups import Shape
-from .identity import Refused, check_engine, engine_fields, era_of, groups_of
+from .identity import engine_fields, era_of, shared_groups
 from .lookup import Lookup
 from .messages import StepDone, StepWork, WorkerFacts
 from .metrics import ConnectorStats, PromMetrics
@@ -386,16 +386,7 @@ def shape_of(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: 
     """
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
-    parallel = vllm_config.parallel_config
-    check_engine(vllm_config, in_step=settings.transfer == "layers")
-    groups = groups_of(
-        kv_cache_config, parallel.decode_context_parallel_size, parallel.tensor_parallel_size
-    )
-    if vllm_config.speculative_config is not None and any(group.window for group in groups):
-        raise Refused(
-            "cenote does not know which pages of a sliding window a draft head computes again: "
-            "serve without speculative decoding, or without CenoteConnector"
-        )
+    groups = shared_groups(vllm_config, kv_cache_config, in_step=settings.transfer == "layers")
     hash_tokens = getattr(kv_cache_config, "hash_block_size", None)
     if hash_tokens is None:
         _, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)

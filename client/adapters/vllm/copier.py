@@ -200,5 +200,5 @@ def copier_for(device: Any) -> Copier:
         return CudaCopier(device)
     raise ValueError(
         f"cenote copies from and to CPU and CUDA memory, and this engine's KV cache is on "
-        f"{device}: serve without CenoteConnector"
+        f"{device}: serve without cenote"
     )

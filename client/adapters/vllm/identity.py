@@ -78,12 +78,12 @@ def groups_of(config: Any, context_ranks: int, tensor_ranks: int = 1) -> list[Gr
                 f"cenote cannot share this model's KV cache: group {index} (layers "
                 f"{', '.join(group.layer_names[:2])} …) is of kind {kind}. Its state after a "
                 "token is not the sum of pages that tokens wrote, so that no chunk of it can be "
-                "stored. Serve the model without CenoteConnector; docs/engines.md lists the kinds"
+                "stored. Serve the model without cenote; docs/engines.md lists the kinds"
             )
         if not getattr(group, "enable_kv_transfer", True) or not spec.prefix_cacheable:
             raise Refused(
                 f"cenote cannot share this model's KV cache: the engine keeps group {index} out of "
-                "its own prefix cache. Serve the model without CenoteConnector"
+                "its own prefix cache. Serve the model without cenote"
             )
         window = (get_kv_cache_spec_sliding_window(spec) or 0) if "sliding" in kind else 0
         groups.append(
@@ -97,6 +97,29 @@ def groups_of(config: Any, context_ranks: int, tensor_ranks: int = 1) -> list[Gr
         )
     if not groups:
         raise Refused("this model has no KV cache: there is nothing to share")
+    return groups
+
+
+def shared_groups(vllm_config: Any, config: Any, *, in_step: bool = False) -> list[Group]:
+    """
+    Return the groups of an engine whose KV cache can be shared, by way of whichever connector.
+
+    Args:
+        vllm_config: The engine's.
+        config: Its KVCacheConfig.
+        in_step: Are loads to run within the step that needs them?
+
+    Raises:
+        Refused: It cannot; says why, and what to do.
+    """
+    check_engine(vllm_config, in_step=in_step)
+    parallel = vllm_config.parallel_config
+    groups = groups_of(config, parallel.decode_context_parallel_size, parallel.tensor_parallel_size)
+    if vllm_config.speculative_config is not None and any(group.window for group in groups):
+        raise Refused(
+            "cenote does not know which pages of a sliding window a draft head computes again: "
+            "serve without speculative decoding, or without cenote"
+        )
     return groups
 
 
@@ -122,7 +145,7 @@ def check_engine(vllm_config: Any, *, in_step: bool) -> None:
         Refused: Says what, and what to do.
     """
     parallel = vllm_config.parallel_config
-    without = "or without CenoteConnector"
+    without = "or without cenote"
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         raise Refused(
             "cenote does not know how prefill context parallelism spreads a prompt over ranks: "
@@ -137,7 +160,7 @@ def check_engine(vllm_config: Any, *, in_step: bool) -> None:
     if vllm_config.model_config.runner_type == "pooling":
         raise Refused(
             "a pooling model wants the hidden states of a whole prompt, which no KV cache holds: "
-            "serve it without CenoteConnector"
+            "serve it without cenote"
         )
     if in_step and vllm_config.max_concurrent_batches > 1:
         raise Refused(
@@ -278,7 +301,7 @@ def group_fields(
     if "CPU_ATTN" in backend and not isa:
         raise Refused(
             "cenote cannot tell how this release of vLLM packs the KV cache on CPUs: its attention "
-            "layers have no `isa`. Serve without CenoteConnector; docs/engines.md has the releases"
+            "layers have no `isa`. Serve without cenote; docs/engines.md has the releases"
         )
     return {
         "layout": f"{FORMAT} {config.kv_cache_layout or 'as the tensors say'}",

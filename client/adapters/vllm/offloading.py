@@ -27,7 +27,7 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 
 from .attach import Attachment
 from .groups import Group, Shape
-from .identity import Refused, engine_fields, era_of, groups_of
+from .identity import Refused, engine_fields, era_of, shared_groups
 from .memory import Memory
 from .offload_manager import Manager
 from .offload_worker import Worker
@@ -97,9 +97,7 @@ class CenoteOffloadingSpec(OffloadingSpec):
         Raises:
             ValueError: As for get_worker().
         """
-        ranks = vllm_config.parallel_config.decode_context_parallel_size
-        tensor_ranks = vllm_config.parallel_config.tensor_parallel_size
-        groups = groups_of(cache_config, ranks, tensor_ranks)
+        groups = shared_groups(vllm_config, cache_config)
         shape = Shape.of(groups, self.tokens_per_hash, self._chunk_tokens)
         layers = vllm_config.compilation_config.static_forward_context
         tensors = layer_tensors(shape, layers, kv_caches)
