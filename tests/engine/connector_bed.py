@@ -11,6 +11,7 @@ A plugin of pytest, for the environment that has vLLM.
 
 from __future__ import annotations
 
+import os
 import threading
 import zlib
 from collections import Counter, deque
@@ -222,6 +223,20 @@ def _places(
     return (blocks, slice(None), at % BLOCK), values
 
 
+def flip(address: int) -> None:
+    """Change a byte of a file that this process has mapped, where it may not write."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, offset, _, inode, *_ = line.split()
+        begin, end = (int(each, 16) for each in span.split("-"))
+        if begin <= address < end:
+            break
+    links = (link for link in Path("/proc/self/fd").iterdir() if link.exists())
+    file = os.open(next(each for each in links if each.stat().st_ino == int(inode)), os.O_RDWR)
+    at = int(offset, 16) + address - begin
+    os.pwrite(file, bytes([os.pread(file, 1, at)[0] ^ 0xFF]), at)
+    os.close(file)
+
+
 # ---- an engine ----------------------------------------------------------------------------------
 
 
@@ -270,6 +285,7 @@ class Engine:
         )
         wait_until(lambda: self.planner._lookup.storing and self.worker._attachment.pool)
         self.answers: dict[str, list[int]] = {}
+        self.aborted: set[str] = set()
         self.wrong: list[tuple[str, int, int]] = []
         self.overlaps = 0
         self.counts: Counter[str] = Counter()
@@ -288,6 +304,7 @@ class Engine:
         )
 
     def abort(self, name: str) -> None:
+        self.aborted.add(name)
         self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
 
     def ask(self, name: str, prompt: Sequence[int], max_tokens: int = 4) -> list[int]:
@@ -298,10 +315,23 @@ class Engine:
 
     def wait_for(self, prompt: Sequence[int]) -> None:
         """Wait until the whole chunks of a prompt can be found: the pool links them a bit later."""
+        keys, lookup = self.keys(prompt), self.planner._lookup
+        groups = self.planner._shape.groups
+        wait_until(lambda: all(lookup.prefix(group, keys) == len(keys) for group in groups))
+
+    def keys(self, prompt: Sequence[int]) -> list[bytes]:
+        """The keys of a prompt's whole chunks."""
         request = Request("", list(prompt), SamplingParams(), None, block_hasher=self._hasher)
-        shape, lookup = self.planner._shape, self.planner._lookup
-        keys = shape.keys(request.block_hashes, 0, len(prompt) // CHUNK_TOKENS)
-        wait_until(lambda: all(lookup.prefix(g, keys) == len(keys) for g in shape.groups))
+        found = self.planner._shape.keys(request.block_hashes, 0, len(prompt) // CHUNK_TOKENS)
+        return list(found)
+
+    def spoil(self, prompt: Sequence[int], chunk: int) -> None:
+        """Change a byte of a stored chunk, of the first group, as a broken device would."""
+        (cache,) = self.planner._lookup.caches(0)
+        found = cache.get(self.keys(prompt)[chunk])
+        if found is not None:
+            with found:
+                flip(found.address + found.nbytes // 3)
 
     # ---- steps ---------------------------------------------------------------------------------
 
@@ -335,6 +365,10 @@ class Engine:
     def until(self, true: Callable[[], object]) -> None:
         while not true():
             self.step()
+
+    def answered(self, name: str, tokens: int) -> None:
+        """Go on until so many tokens of an answer came."""
+        self.until(lambda: len(self.answers[name]) >= tokens)
 
     @contextmanager
     def held(self, threads: str) -> Iterator[None]:

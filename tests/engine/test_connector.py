@@ -22,6 +22,7 @@ RELEASES = [
 @pytest.mark.parametrize("newer", RELEASES)
 def test_connector_without_an_engine(tmp_path: Path, newer: bool) -> None:
     """
-    The tests of spec_sleep.py, in the environment that has vLLM, of either release.
+    The tests of spec_async.py and spec_sleep.py, in the environment that has vLLM, of either
+    release.
     """
-    run_inside(tmp_path, ["spec_sleep.py"], ["connector_bed"], newer=newer)
+    run_inside(tmp_path, ["spec_async.py", "spec_sleep.py"], ["connector_bed"], newer=newer)
