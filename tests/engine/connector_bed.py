@@ -133,9 +133,12 @@ class Runner:
     Args:
         engine: Whose worker it is.
         second: Which of the two.
+        drafting: A draft head computes behind the model, and saves wait for it. The second runner
+            has that order since 0.33; before, it reports behind the draft head.
     """
 
-    def __init__(self, engine: Engine, *, second: bool) -> None:
+    def __init__(self, engine: Engine, *, second: bool, drafting: bool) -> None:
+        self._drafting = drafting
         self._engine, self._tensors = engine, engine.tensors
         self._groups = engine.cache_config.kv_cache_groups
         self._requests: dict[str, Sequenced] = {}
@@ -156,9 +159,13 @@ class Runner:
             return KVConnectorModelRunnerMixin.kv_connector_no_forward(step, config)
         with (
             set_forward_context(None, config),
-            KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(step) as said,
+            KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(
+                step, defer_finalize=self._drafting
+            ) as said,
         ):
-            made = self._compute(step)
+            made = self.compute(step)
+        if self._drafting:
+            KVConnectorModelRunnerMixin.finalize_kv_connector()
         made.kv_connector_output = said
         return made
 
@@ -166,12 +173,16 @@ class Runner:
         if not step.total_num_scheduled_tokens:
             return connector.no_forward(step)
         connector.pre_forward(step)
-        made = self._compute(step)
+        made = self.compute(step)
         connector.finish_forward()
-        made.kv_connector_output = connector.post_forward(step.finished_req_ids)
+        later = {"defer_finalize": True} if self._drafting and _finalizes(connector) else {}
+        made.kv_connector_output = connector.post_forward(step.finished_req_ids, **later)
+        if later:
+            connector.finalize_step()
         return made
 
-    def _compute(self, step: Any) -> ModelRunnerOutput:
+    def compute(self, step: Any) -> ModelRunnerOutput:
+        """Do what a forward pass does to the KV cache."""
         begins = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
         for new in step.scheduled_new_reqs:
             tokens = new.prefill_token_ids or new.prompt_token_ids
@@ -208,6 +219,10 @@ class Runner:
             return []
         request.append(next_token(request.marks[-1]))
         return request.tokens[-1:]
+
+
+def _finalizes(connector: ActiveKVConnector) -> bool:
+    return hasattr(connector, "finalize_step")
 
 
 def _places(
@@ -248,6 +263,7 @@ class Engine:
         model: Its folder.
         windows: Has it a second group, with a window?
         second: Is it vLLM's second model runner?
+        drafting: As for Runner.
         extra: kv_connector_extra_config.
 
     Attributes:
@@ -258,7 +274,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: Path, *, windows: bool = False, second: bool = False, **extra: Any
+        self,
+        model: Path,
+        *,
+        windows: bool = False,
+        second: bool = False,
+        drafting: bool = False,
+        **extra: Any,
     ) -> None:
         self.config = engine_config(model, extra)
         self.cache_config = cache_config(windows=windows)
@@ -290,7 +312,7 @@ class Engine:
         self.overlaps = 0
         self.counts: Counter[str] = Counter()
         self._steps: deque[Any] = deque()
-        self._runner = Runner(self, second=second)
+        self.runner = Runner(self, second=second, drafting=drafting)
         self._hasher = get_request_block_hasher(BLOCK, sha256)
 
     # ---- requests ------------------------------------------------------------------------------
@@ -351,7 +373,7 @@ class Engine:
                 return
         if self._steps:
             step = self._steps.popleft()
-            made = self._runner.execute(step)
+            made = self.runner.execute(step)
             if made.kv_connector_output and made.kv_connector_output.kv_connector_stats:
                 self.counts.update(made.kv_connector_output.kv_connector_stats.data)
             said = self.scheduler.update_from_output(step, made)

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import pytest
 from tests.engine.inside import run_inside
 from tests.engine.processes import NEXT
 
-RELEASES = [
+SPECS: Final = ("spec_async.py", "spec_runners.py", "spec_sleep.py")
+RELEASES: Final = [
     pytest.param(False, id="0.32"),
     pytest.param(
         True,
@@ -22,7 +24,6 @@ RELEASES = [
 @pytest.mark.parametrize("newer", RELEASES)
 def test_connector_without_an_engine(tmp_path: Path, newer: bool) -> None:
     """
-    The tests of spec_async.py and spec_sleep.py, in the environment that has vLLM, of either
-    release.
+    The tests of SPECS, in the environment that has vLLM, of either release.
     """
-    run_inside(tmp_path, ["spec_async.py", "spec_sleep.py"], ["connector_bed"], newer=newer)
+    run_inside(tmp_path, SPECS, ["connector_bed"], newer=newer)
