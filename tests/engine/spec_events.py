@@ -54,7 +54,7 @@ class Bench:
         assert self.bed.lookup.ready
 
     def key(self, request: Request, chunk: int) -> bytes:
-        return self.bed.shape.key(request.block_hashes, chunk)
+        return self.bed.lookup.keys.key(request.block_hashes, chunk)
 
     def store(self, request: Request, chunks: Iterable[int]) -> None:
         for cache in (*self.bed.caches(0), *self.bed.caches(1)):
@@ -155,28 +155,34 @@ def test_a_windows_chunk_that_leaves_withdraws_nothing(bench: Bench) -> None:
 
 def test_a_reset_withdraws_all_and_what_is_stored_then_is_announced(bench: Bench) -> None:
     """
-    The old namespaces' events are nothing to the engine from then on.
+    What becomes of the old keys is nothing to the engine from then on, nor is what was offered
+    under them and is stored only now.
     """
     request = request_of()
+    old = [bench.key(request, chunk) for chunk in range(3)]
     bench.store(request, range(2))
-    bench.events.available(request, range(2))
+    bench.events.available(request, range(3))
     bench.events.take()
     bench.bed.scheduler.reset()
-    bench.events.forget()
+    bench.events.begin_anew()
+    for cache in bench.bed.caches(0):
+        put_all(cache, old[2:])
     gone = bench.events.take()
     assert [h for each in gone for h in each.block_hashes] == hashes_of(request, range(2))
 
-    assert bench.bed.lookup.ready
     bench.events.available(request, [0])
     assert bench.events.take() == []
-    for cache in bench.bed.lookup.caches(0):
-        put_all(cache, [bench.key(request, 0)])
+    bench.store(request, [0])
     (said,) = bench.events.take()
     assert said.block_hashes == hashes_of(request, [0])
     for cache in bench.bed.caches(0):
-        cache.delete(bench.key(request, 0))
+        cache.delete(old)
     bench.hear()
     assert bench.events.take() == []
+    bench.bed.caches(0)[0].delete(bench.key(request, 0))
+    bench.hear()
+    (gone,) = bench.events.take()
+    assert isinstance(gone, BlockRemoved)
 
 
 def test_events_of_others_are_not_ours(bench: Bench) -> None:

@@ -27,7 +27,7 @@ from tests.engine.spec_bed import (
 )
 from vllm.v1.kv_offload.base import LookupResult
 
-from cenote.client.adapters.vllm import attach, rendezvous
+from cenote.client.adapters.vllm import attach
 from cenote.client.adapters.vllm.groups import Shape
 from cenote.client.adapters.vllm.identity import engine_fields, era_of, groups_of
 from cenote.client.adapters.vllm.settings import Settings
@@ -312,59 +312,3 @@ def test_a_daemon_that_went_is_a_miss(engines: Engines, host: MemoryHost) -> Non
     host.stop()
     assert engine.look(keys_of(1)[0]) is LookupResult.MISS
     assert engine.offer(keys_of(2, seed=5), list(range(1, 9)), context("s")) == []
-
-
-def test_a_reset_sees_nothing_any_more_and_ends_no_load(engines: Engines) -> None:
-    """
-    A load that is under way when somebody resets ends well, and its chunk is held until a later job
-    says that all workers have opened it; what is stored from then on is found again.
-    """
-    engine = engines()
-    engine.compute([1, 2, 3, 4], seed=1)
-    engine.store(keys_of(1), [1, 2, 3, 4])
-    spec = engine.promise(keys_of(1), context("r"))
-
-    engine.manager.reset_cache()
-    wait_until(lambda: engine.manager.ready)
-
-    assert engine.look(keys_of(1)[0]) is LookupResult.MISS
-    assert engine.leases == 1
-    assert engine.run(lambda job: engine.worker.submit_load(job, spec, gpu([21, 22, 23, 24])))
-    assert torch.equal(engine.pages([21, 22, 23, 24]), engine.pages([1, 2, 3, 4]))
-    engine.store(keys_of(1), [1, 2, 3, 4])
-    assert engine.leases == 0
-
-
-def test_a_reset_before_anything_is_known_holds(
-    engines: Engines, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """
-    Who resets before the workers have answered sees nothing older either.
-    """
-    engines().store(keys_of(1), [1, 2, 3, 4])
-    answered = threading.Event()
-
-    def late(engine_id: str, rank: int) -> Any:
-        if not answered.is_set():
-            raise rendezvous.Unanswered("not yet")
-        return ask(engine_id, rank)
-
-    ask = rendezvous.ask
-    monkeypatch.setattr(rendezvous, "ask", late)
-    engine = engines()
-    engine.manager.reset_cache()
-    answered.set()
-    wait_until(lambda: engine.manager.ready)
-    assert engine.look(keys_of(1)[0]) is LookupResult.MISS
-
-
-def test_a_reset_that_was_flushed_lets_go(engines: Engines) -> None:
-    """
-    vLLM 0.33 says when workers are done with what came before.
-    """
-    engine = engines()
-    engine.store(keys_of(1), [1, 2, 3, 4])
-    engine.promise(keys_of(1), context("r"))
-    engine.manager.reset_cache()
-    engine.manager.on_reset_flushed()
-    assert engine.leases == 0

@@ -36,8 +36,8 @@ def test_manager_and_worker_without_an_engine(tmp_path: Path) -> None:
     """
     The tests of spec_*.py, in the environment that has vLLM, with the pytest of this one.
     """
-    files = ["spec_loads.py", "spec_stores.py", "spec_events.py", "spec_refused.py"]
-    run_inside(tmp_path, files, ["spec_bed"])
+    files = ["loads", "stores", "events", "refused", "resets"]
+    run_inside(tmp_path, [f"spec_{name}.py" for name in files], ["spec_bed"])
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

@@ -98,10 +98,10 @@ def attached() -> Iterator[Callable[..., Attachment]]:
         assert not each._thread.is_alive()
 
 
-def manifest(*, reset: str = "", **changes: Any) -> Manifest:
+def manifest(**changes: Any) -> Manifest:
     fields: Fields = {"model": "m", "layout": "l", "dtype": "uint8", "group": 0}
     fields |= {"tp_rank": 0, "pp_rank": 0}
-    return manifest_of({**fields, **changes}, Era("sha256", "seed", reset), 256)
+    return manifest_of({**fields, **changes}, Era("sha256", "seed"), 256)
 
 
 def cache_of(attachment: Attachment, wanted: Manifest) -> Cache:
@@ -172,21 +172,6 @@ def test_another_manifest_is_named_once_by_its_fields(
     assert log.count("shares nothing") == 1
     other.want(wanted)
     log.wait_for("extra")
-
-
-def test_an_engine_that_was_reset_says_nothing_of_fields(
-    cenoted: Start, attached: Callable[..., Attachment], log: Log
-) -> None:
-    """
-    It means to share nothing, and does not bind the model's name.
-    """
-    daemon = cenoted()
-    attachment = attached(daemon.socket)
-    attachment.want([manifest(reset="anew")])
-    log.wait_for("is open")
-    attachment.want([manifest()])
-    log.wait_for("is open")
-    assert log.count("shares nothing") == 0
 
 
 def test_a_daemon_that_died_is_attached_again(

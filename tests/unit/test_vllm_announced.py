@@ -119,14 +119,18 @@ def test_after_a_gap_everything_is_looked_for_again(bench: Bench, lost: Any) -> 
 
 def test_a_reset_withdraws_all(bench: Bench) -> None:
     """
-    forget(), in the order in which it was announced.
+    begin_anew(), in the order in which it was announced; what was offered and is seen only then is
+    not announced, for this engine does not find it any more.
     """
     bench.there |= {b"a", b"b"}
     bench.offer(b"a", b"b")
     bench.announced.take()
-    bench.announced.forget()
-    bench.announced.forget()
+    bench.offer(b"c")
+    bench.announced.begin_anew()
+    bench.announced.begin_anew()
+    bench.there.add(b"c")
     assert bench.announced.take() == [(GONE, b"a"), (GONE, b"b")]
+    assert not bench.announced.knows(b"c")
 
 
 def test_the_oldest_are_withdrawn_beyond_a_number(

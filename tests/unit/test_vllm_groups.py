@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cenote.client.adapters.vllm.groups import Group, Shape, key_of, longest_hit
+from cenote.client.adapters.vllm.groups import Group, Shape, full_hash, longest_hit
 
 CHUNK = 8
 
@@ -77,24 +77,27 @@ def test_a_chunk_that_blocks_do_not_fit_into_is_refused_with_one_that_would_do(
     assert Shape.of([group(32), group(48)], 16, proposed).chunk_tokens == proposed
 
 
-# ---- keys ---------------------------------------------------------------------------------------
+# ---- hashes -------------------------------------------------------------------------------------
 
 
-def test_a_chunks_key_is_the_hash_of_its_last_block() -> None:
+def test_a_chunks_hash_is_that_of_its_last_block() -> None:
     """
     The engine chains its hashes, so the last names all tokens up to there.
     """
     shape = Shape.of([group(4)], 4, 8)
     given_hashes = hashes(7)
-    assert shape.key(given_hashes, 0) == given_hashes[1]
-    assert shape.key(given_hashes, 2) == given_hashes[5]
-    assert shape.keys(given_hashes, 0, 3) == [given_hashes[1], given_hashes[3], given_hashes[5]]
+    assert shape.chunk_hashes(given_hashes, 2, 3) == [given_hashes[5]]
+    assert shape.chunk_hashes(given_hashes, 0, 3) == [
+        given_hashes[1],
+        given_hashes[3],
+        given_hashes[5],
+    ]
 
 
 @given(st.integers(1, 4), st.integers(0, 20), st.data())
-def test_many_keys_are_the_keys_one_by_one(step: int, count: int, data: st.DataObject) -> None:
+def test_many_hashes_are_the_hashes_one_by_one(step: int, count: int, data: st.DataObject) -> None:
     """
-    Of any stretch of the chunks that have a key.
+    Of any stretch of the chunks that have one.
     """
     shape = Shape.of([group(2)], 2, 2 * step)
     given_hashes = hashes(count)
@@ -102,8 +105,8 @@ def test_many_keys_are_the_keys_one_by_one(step: int, count: int, data: st.DataO
     assert chunks == count // step
     first = data.draw(st.integers(0, chunks))
     end = data.draw(st.integers(first, chunks))
-    one_by_one = [shape.key(given_hashes, chunk) for chunk in range(first, end)]
-    assert shape.keys(given_hashes, first, end) == one_by_one
+    one_by_one = [given_hashes[(chunk + 1) * step - 1] for chunk in range(first, end)]
+    assert shape.chunk_hashes(given_hashes, first, end) == one_by_one
 
 
 def test_hashes_of_more_tokens_than_a_block_name_the_same_chunks() -> None:
@@ -113,7 +116,7 @@ def test_hashes_of_more_tokens_than_a_block_name_the_same_chunks() -> None:
     shape = Shape.of([group(4)], 8, 16)
     given_hashes = hashes(5)
     assert shape.hashed_chunks(given_hashes) == 2
-    assert shape.keys(given_hashes, 0, 2) == [given_hashes[1], given_hashes[3]]
+    assert shape.chunk_hashes(given_hashes, 0, 2) == [given_hashes[1], given_hashes[3]]
     assert shape.blocks_of(shape.groups[0], 1) == range(4, 8)
 
 
@@ -127,32 +130,32 @@ def test_each_group_has_its_own_blocks_of_a_chunk() -> None:
     assert shape.blocks_of(large, 2) == range(2, 3)
 
 
-def test_hashes_of_32_bytes_are_keys_as_they_are() -> None:
+def test_hashes_of_32_bytes_stay_as_they_are() -> None:
     """
     And come out as bytes, whatever kind of bytes they were.
     """
     digest = hashlib.sha256(b"x").digest()
-    assert key_of(digest) == digest
-    assert type(key_of(type("BlockHash", (bytes,), {})(digest))) is bytes
+    assert full_hash(digest) == digest
+    assert type(full_hash(type("BlockHash", (bytes,), {})(digest))) is bytes
 
 
 @pytest.mark.parametrize("nbytes", [1, 8, 16, 31, 33, 64])
-def test_other_hashes_become_keys_of_32_bytes(nbytes: int) -> None:
+def test_other_hashes_become_hashes_of_32_bytes(nbytes: int) -> None:
     """
     Such as xxhash's 16 bytes: different ones stay different.
     """
     one, other = bytes(nbytes), b"\x01" + bytes(nbytes - 1)
-    assert key_of(one) == hashlib.sha256(one).digest()
-    assert len({key_of(one), key_of(other)}) == 2
+    assert full_hash(one) == hashlib.sha256(one).digest()
+    assert len({full_hash(one), full_hash(other)}) == 2
 
 
-def test_keys_of_short_hashes_have_32_bytes_each() -> None:
+def test_chunks_of_short_hashes_have_32_bytes_each() -> None:
     """
-    So that they can be handed to the pool in one piece.
+    So that their keys can be handed to the pool in one piece.
     """
     shape = Shape.of([group(4)], 4, 8)
     short = hashes(6, 16)
-    assert shape.keys(short, 0, 3) == [key_of(short[i]) for i in (1, 3, 5)]
+    assert shape.chunk_hashes(short, 0, 3) == [full_hash(short[i]) for i in (1, 3, 5)]
 
 
 # ---- what can be loaded -------------------------------------------------------------------------
@@ -189,7 +192,7 @@ def by_definition(groups: Sequence[Group], present: Sequence[Sequence[bool]]) ->
 
 
 def found(groups: Sequence[Group], present: Sequence[Sequence[bool]]) -> int:
-    keys = [key_of(str(i).encode()) for i in range(len(present[0]))]
+    keys = [full_hash(str(i).encode()) for i in range(len(present[0]))]
     place = {key: i for i, key in enumerate(keys)}
     shape = Shape(tuple(groups), CHUNK, 4)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.unit.vllm_bed import BLOCK, CHUNK, FULL, NBYTES, WINDOW, Bed, Block, Blocks
+from tests.unit.vllm_bed import BLOCK, CHUNK, FULL, WINDOW, Bed, Block, Blocks
 
 from cenote.client import Pool
 from cenote.client.adapters.vllm.groups import SKIP
@@ -468,27 +468,3 @@ def test_a_closed_pool_is_a_miss(pool: Pool) -> None:
     pool.close()
     assert bed.scheduler.matched(bed.request("r", 6 * CHUNK), 0) == 0
     assert bed.work({"r": CHUNK}).saves == []
-
-
-def test_after_a_reset_nothing_that_was_stored_is_seen(pool: Pool) -> None:
-    """
-    Matches are let go, what is loading ends as it would, and what is stored then is seen.
-    """
-    bed = bed_with(pool)
-    loading, matched = bed.request("r", 5 * CHUNK), bed.request("s", 5 * CHUNK)
-    bed.matched_and_placed(loading)
-    bed.scheduler.matched(matched, 0)
-    before = bed.work().era
-    bed.scheduler.reset()
-    assert bed.scheduler.matched(matched, 0) == 0
-    assert pool.leases == 2 * 4
-    bed.scheduler.done(["r"], None)
-    assert pool.leases == 0
-    assert bed.work().era != before
-    for cache in bed.attached.caches.values():
-        with cache.put(bed.key("p", 0), NBYTES) as put:
-            put.copy_from(bytes(NBYTES))
-        cache.flush()
-    assert bed.scheduler.matched(matched, 0) == CHUNK
-    bed.scheduler.close()
-    assert pool.leases == 0

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler's half in any order of events: nothing is left held, nothing is loaded twice."""
+"""
+The scheduler's half in any order of events: nothing is left held, nothing is loaded twice, and
+nothing from before a reset is loaded or stored after it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from tests.unit.vllm_bed import BLOCK, CHUNK, FULL, WINDOW, Bed, Request
+from tests.unit.vllm_bed import BLOCK, CHUNK, FULL, NBYTES, WINDOW, Bed, Request
 
 from cenote.client.adapters.vllm.messages import Load, Save, StepDone, StepWork
 from cenote.client.testing import MemoryHost
@@ -30,6 +33,7 @@ class AnyOrder(RuleBasedStateMachine):
     An engine whose requests come, wait, load, compute, fail and end as hypothesis likes.
 
     *running* have blocks and nothing to load; *waiting* have none; *loads* are with the workers.
+    What the workers answer to have saved is in the pool from then on.
     """
 
     transfer = "chunks"
@@ -46,9 +50,20 @@ class AnyOrder(RuleBasedStateMachine):
         self.loads: dict[str, Request | None] = {}  # None: the request is over
         self.failed: set[str] = set()
         self.saves: dict[int, int] = {}  # number: answers that are missing
+        self.begun: dict[int, Save] = {}  # by number, all that ever were
+        self.announced: list[bytes] = []  # keys
+        self.keys: set[bytes] = set()  # that were named or stored since the last reset
+        self.old_keys: set[bytes] = set()  # before it
+        self.outdated: set[str] = set()  # requests with blocks from before a reset
         self.leased: dict[str, int] = {}  # leases of a request that is matched or loading
         self.names = 0
-        self.bed.store("p", range(CHUNKS))
+        self._store("p", CHUNKS, own=True)
+        self.bed.scheduler.announce_by(self)
+
+    def available(self, request: Request, chunks: Iterable[int]) -> None:
+        """Note what is announced, as events.py: by the keys of now."""
+        keys = self.bed.lookup.keys
+        self.announced += [keys.key(request.block_hashes, chunk) for chunk in chunks]
 
     # ---- what happens ------------------------------------------------------------------------
 
@@ -67,13 +82,25 @@ class AnyOrder(RuleBasedStateMachine):
         self.waiting.append(request)
         self._match(request, computed, outcome)
 
-    @rule(prompt=PROMPTS, end=st.integers(1, CHUNKS))
-    def is_stored_by_others(self, prompt: str, end: int) -> None:
-        self.bed.store(prompt, range(end))
+    @rule(prompt=PROMPTS, end=st.integers(1, CHUNKS), own=st.booleans())
+    def is_stored(self, prompt: str, end: int, own: bool) -> None:
+        """By others, or by earlier requests of this engine."""
+        self._store(prompt, end, own)
 
-    @rule(prompt=PROMPTS, chunk=st.integers(0, CHUNKS - 1), rank=st.integers(0, WORKERS - 1))
-    def leaves(self, prompt: str, chunk: int, rank: int) -> None:
-        self.bed.caches(rank % 2)[rank].delete(self.bed.key(prompt, chunk))
+    def _store(self, prompt: str, end: int, own: bool) -> None:
+        self.bed.store(prompt, range(end), own=own)
+        name = self.bed.own_key if own else self.bed.key
+        self.keys |= {name(prompt, chunk) for chunk in range(end)} - self.old_keys
+
+    @rule(
+        prompt=PROMPTS,
+        chunk=st.integers(0, CHUNKS - 1),
+        rank=st.integers(0, WORKERS - 1),
+        own=st.booleans(),
+    )
+    def leaves(self, prompt: str, chunk: int, rank: int, own: bool) -> None:
+        key = (self.bed.own_key if own else self.bed.key)(prompt, chunk)
+        self.bed.caches(rank % 2)[rank].delete(key)
 
     @precondition(lambda self: self.waiting)
     @rule(pick=PICK, computed=st.integers(0, 2), outcome=OUTCOME)
@@ -83,6 +110,7 @@ class AnyOrder(RuleBasedStateMachine):
     def _match(self, request: Request, computed: int, outcome: str) -> None:
         held = min(computed * BLOCK, (request.num_tokens - 1) // BLOCK * BLOCK)
         tokens = self.bed.scheduler.matched(request, held)
+        self.outdated.discard(request.request_id)
         assert tokens == 0 or request.request_id not in self.failed
         assert held + tokens <= request.num_tokens
         self.leased.pop(request.request_id, None)
@@ -141,12 +169,21 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(pick=PICK, stored=st.booleans())
     def is_saved(self, pick: int, stored: bool) -> None:
         number = sorted(self.saves)[pick % len(self.saves)]
-        one = {number: 1}
+        one, save = {number: 1}, self.begun[number]
         done = StepDone(saved=one) if stored else StepDone(unsaved=one)
         self.saves[number] -= 1
+        if stored:
+            cache = self.bed.caches(save.pages.group)[self.saves[number]]
+            with cache.put(save.pages.key, NBYTES) as put:
+                put.copy_from(bytes(NBYTES))
+            cache.flush()
         if not self.saves[number]:
             del self.saves[number]
+        before = len(self.announced)
         self.bed.scheduler.done((), done)
+        # By its own key, and not at all when somebody reset since it was begun.
+        assert self.announced[before:] in ([], [save.pages.key])
+        assert self.old_keys.isdisjoint(self.announced[before:])
 
     @precondition(lambda self: self.running)
     @rule(pick=PICK)
@@ -160,9 +197,14 @@ class AnyOrder(RuleBasedStateMachine):
         if everybody:
             self._end(everybody[pick % len(everybody)])
 
-    @precondition(lambda self: self.names > 8)
+    @precondition(lambda self: self.names > 4)
     @rule()
     def is_reset(self) -> None:
+        plain = {self.bed.key(prompt, chunk) for prompt in "pq" for chunk in range(CHUNKS)}
+        self.old_keys |= self.keys | plain
+        self.keys = set()
+        loading = [name for name, request in self.loads.items() if request is not None]
+        self.outdated |= {*self.planned, *loading, *(each.request_id for each in self.running)}
         self.bed.scheduler.reset()
         self._let_go_of_all_but({**self.planned, **self.loads})
 
@@ -178,6 +220,11 @@ class AnyOrder(RuleBasedStateMachine):
         assert bool(self.bed.saving_references) == bool(self.saves)
         assert self.bed.scheduler.saving == bool(self.saves)
 
+    @invariant()
+    def a_reset_opens_no_namespace(self) -> None:
+        assert self.bed.lookup.ready
+        assert len(self.bed.attached.caches) == 2 * WORKERS
+
     def _check_loads(self, loads: list[Load]) -> None:
         names = [load.request for load in loads]
         assert sorted(names) == sorted(self.planned)  # each once, and all that were placed
@@ -192,6 +239,12 @@ class AnyOrder(RuleBasedStateMachine):
             caches = self.bed.lookup.caches(chunk.group)
             assert len(caches) == WORKERS
             assert all(cache.match(chunk.key) for cache in caches)
+            self._check_key(chunk.key)
+
+    def _check_key(self, key: bytes) -> None:
+        """Nothing that was named before the last reset is named after it."""
+        assert key not in self.old_keys
+        self.keys.add(key)
 
     def _check_saves(self, work: StepWork) -> None:
         keys = [(save.pages.group, save.pages.key) for save in work.saves]
@@ -201,7 +254,13 @@ class AnyOrder(RuleBasedStateMachine):
             self.saves[save.number] = WORKERS
 
     def _check_save(self, save: Save) -> None:
-        assert save.number not in self.saves
+        assert save.number not in self.begun
+        self.begun[save.number] = save
+        self._check_key(save.pages.key)
+        assert (save.parent is None) == (save.position == 0)
+        assert save.parent is None or save.parent in self.keys  # no orphan
+        of = self.bed.scheduler._saving[save.number].request
+        assert of.request_id not in self.outdated
         pages = [self.bed.blocks.blocks[each] for each in save.pages.blocks]
         assert len(pages) == CHUNK // BLOCK
         assert all(page.ref_cnt >= 2 and not page.is_null for page in pages)
@@ -255,6 +314,7 @@ class AnyOrder(RuleBasedStateMachine):
                 self.is_saved(0, stored=True)
             assert self.pool.leases == 0
             assert self.bed.blocks.references == 0
+            assert self.pool.stats().namespaces == 2 * WORKERS
             assert self.host.audit() == 0
         finally:
             self.host.stop()

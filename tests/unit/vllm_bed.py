@@ -191,7 +191,7 @@ class Bed:
     # ---- the pool ------------------------------------------------------------------------------
 
     def caches(self, group: int = 0) -> list[Cache]:
-        """Return the first era's, whatever was reset since."""
+        """Return a group's, of all ranks."""
         return [
             self.attached.open(manifest_of(fields[group], ERA, CHUNK))
             for fields in self.facts.values()
@@ -200,13 +200,20 @@ class Bed:
     def key(self, prompt: str, chunk: int) -> bytes:
         return hash_of(prompt, (chunk + 1) * (CHUNK // BLOCK) - 1)
 
-    def store(self, prompt: str, chunks: Iterable[int], group: int | None = None) -> None:
-        """Have chunks stored, in all groups or in one, of all ranks."""
+    def own_key(self, prompt: str, chunk: int) -> bytes:
+        """Return what this engine calls a chunk, since somebody reset it."""
+        return self.lookup.keys.of(self.key(prompt, chunk))
+
+    def store(
+        self, prompt: str, chunks: Iterable[int], group: int | None = None, *, own: bool = False
+    ) -> None:
+        """Have chunks stored by others or under this engine's own keys, of all ranks and groups."""
+        name = self.own_key if own else self.key
         chosen = range(len(self.shape.groups)) if group is None else (group,)
         wanted = list(chunks)
         for cache in (each for index in chosen for each in self.caches(index)):
             for chunk in wanted:
-                with cache.put(self.key(prompt, chunk), NBYTES) as put:
+                with cache.put(name(prompt, chunk), NBYTES) as put:
                     put.copy_from(bytes(NBYTES))
             cache.flush()
 

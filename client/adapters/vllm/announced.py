@@ -115,6 +115,13 @@ class Announced:
         if unsure.looks >= LOOKS_MAX:
             del self._unsure[tag]
 
+    def begin_anew(self) -> None:
+        """Withdraw all that was announced, and announce nothing that was offered before."""
+        self._unsure.clear()
+        self.forget()
+
+    # ---- both threads ----------------------------------------------------------------------------
+
     def forget(self) -> None:
         """Withdraw all that was announced."""
         with self._lock:

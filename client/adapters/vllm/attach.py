@@ -147,16 +147,15 @@ class Attachment:
         The first engine of a model binds its name. The name is for that log line alone: what is
         used is opened without it, for after a restart of the daemon another may come first.
         """
-        if not manifest["reset"]:
-            name = namespace_name(manifest)
-            try:
-                pool.namespace(manifest, name=name, timeout_s=OPEN_TIMEOUT_S)
-            except ManifestMismatch as error:
-                fields = ", ".join(sorted(error.fields))
-                self._tell(
-                    f"this engine shares nothing with the one that came first as {name!r}: they "
-                    f"differ in {fields}. It has a namespace of its own"
-                )
+        name = namespace_name(manifest)
+        try:
+            pool.namespace(manifest, name=name, timeout_s=OPEN_TIMEOUT_S)
+        except ManifestMismatch as error:
+            fields = ", ".join(sorted(error.fields))
+            self._tell(
+                f"this engine shares nothing with the one that came first as {name!r}: they "
+                f"differ in {fields}. It has a namespace of its own"
+            )
         cache = pool.namespace(manifest, timeout_s=OPEN_TIMEOUT_S)
         log.info("cenote: namespace %s of pool %r is open", cache.id.hex()[:16], pool.name)
         return cache

@@ -345,7 +345,7 @@ class CenoteConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             self._scheduler.reset()
             if self._events is not None:
-                self._events.forget()
+                self._events.begin_anew()
         return True
 
 

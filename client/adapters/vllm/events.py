@@ -50,7 +50,7 @@ class Events:
     def available(self, request: Any, chunks: Iterable[int]) -> None:
         """Note chunks of a request that can be had; take() says so once they are seen there."""
         for chunk in chunks:
-            key = self._shape.key(request.block_hashes, chunk)
+            key = self._lookup.keys.key(request.block_hashes, chunk)
             if not self._announced.knows(key):
                 stored = self._stored(request, chunk)
                 self._announced.offer(key, stored, tuple(stored.block_hashes))
@@ -59,9 +59,9 @@ class Events:
         """Return what is to be published."""
         return self._announced.take()
 
-    def forget(self) -> None:
-        """Withdraw all that was announced."""
-        self._announced.forget()
+    def begin_anew(self) -> None:
+        """Withdraw all that was announced: the engine was reset."""
+        self._announced.begin_anew()
 
     def follow(self, pool: Pool) -> None:
         """Begin to follow a pool's feed; it ends when the pool is closed."""

@@ -3,7 +3,8 @@
 The engine's KV cache groups, and which chunks of each a hit needs.
 
 Pure: what vLLM's classes say is read by identity.py. A chunk covers the same tokens in every group
-and is keyed by the hash of its last block, which the engine chains from the first token on.
+and is named by the hash of its last block, which the engine chains from the first token on; what
+the pool calls it says keys.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Final
 
 from .settings import CHUNK_TOKENS
 
-KEY_BYTES: Final = 32
+HASH_BYTES: Final = 32
 SKIP: Final = -1  # in a list of block ids: this page is not wanted
 
 
@@ -78,17 +79,13 @@ class Shape:
             )
         return cls(tuple(groups), chunk_tokens, hash_tokens)
 
-    def key(self, hashes: Sequence[bytes], chunk: int) -> bytes:
-        """Return the key of chunk number *chunk*, from the request's block hashes."""
-        return key_of(hashes[(chunk + 1) * self.chunk_tokens // self.hash_tokens - 1])
-
-    def keys(self, hashes: Sequence[bytes], first: int, end: int) -> list[bytes]:
-        """Return the keys of chunks first .. end - 1."""
+    def chunk_hashes(self, hashes: Sequence[bytes], first: int, end: int) -> list[bytes]:
+        """Return the hashes of chunks first .. end - 1, from the request's block hashes."""
         step = self.chunk_tokens // self.hash_tokens
-        return [key_of(hashed) for hashed in hashes[(first + 1) * step - 1 : end * step : step]]
+        return [full_hash(each) for each in hashes[(first + 1) * step - 1 : end * step : step]]
 
     def hashed_chunks(self, hashes: Sequence[bytes]) -> int:
-        """How many chunks have a key yet."""
+        """How many chunks have a hash yet."""
         return len(hashes) * self.hash_tokens // self.chunk_tokens
 
     def blocks_of(self, group: Group, chunk: int) -> range:
@@ -97,9 +94,9 @@ class Shape:
         return range(chunk * per_chunk, (chunk + 1) * per_chunk)
 
 
-def key_of(block_hash: bytes) -> bytes:
-    """Return a block hash as a key; hashes that have not 32 bytes are hashed once more."""
-    if len(block_hash) == KEY_BYTES:
+def full_hash(block_hash: bytes) -> bytes:
+    """Return a block hash of 32 bytes; one that has another length is hashed once more."""
+    if len(block_hash) == HASH_BYTES:
         return bytes(block_hash)
     return hashlib.sha256(block_hash).digest()
 

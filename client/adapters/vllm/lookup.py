@@ -17,6 +17,7 @@ from cenote.client import Cache, Manifest
 from .attach import Attachment
 from .groups import Group, Shape, longest_hit
 from .identity import manifest_of
+from .keys import Keys
 from .messages import Era, Fields
 
 
@@ -51,9 +52,13 @@ class Lookup:
     Args:
         shape: How tokens become chunks.
         attachment: The way to the pool.
+
+    Attributes:
+        keys: What chunks are called in them.
     """
 
     def __init__(self, shape: Shape, attachment: Attachment) -> None:
+        self.keys: Final = Keys(shape)
         self._shape: Final = shape
         self._attachment: Final = attachment
         self._manifests: dict[int, list[Manifest]] = {}
@@ -65,7 +70,7 @@ class Lookup:
 
         Args:
             workers: Of each worker, the fields of each group.
-            era: What keys mean now.
+            era: What hashes mean.
         """
         found: dict[int, list[Manifest]] = {}
         for groups in workers:
@@ -117,7 +122,7 @@ class Lookup:
         Raises:
             CenoteError: The pool cannot be looked at.
         """
-        keys = self._shape.keys(hashes, first, end)
+        keys = self.keys.keys(hashes, first, end)
         found = longest_hit(self._shape, keys, self.prefix)
         while found:
             held = Held(first, first + found, keys[:found], [])

@@ -23,21 +23,19 @@ Fields: TypeAlias = dict[str, Value]
 @dataclass(frozen=True)
 class Era:
     """
-    What a key means in this engine: how tokens became hashes, and since when.
+    What a hash means in this engine: how it is made of tokens.
 
     Attributes:
         hash_algorithm: The engine's own name for it.
         hash_seed: A digest of what the first block's hash began with.
-        reset: "" until somebody resets the connector's cache; then a name that nobody else has.
     """
 
     hash_algorithm: str
     hash_seed: str
-    reset: str = ""
 
     def fields(self) -> Fields:
         """Return its part of the manifest."""
-        return {"hash": self.hash_algorithm, "hash_seed": self.hash_seed, "reset": self.reset}
+        return {"hash": self.hash_algorithm, "hash_seed": self.hash_seed}
 
 
 @dataclass

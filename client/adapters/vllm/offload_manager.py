@@ -11,8 +11,6 @@ ever reported as evicted for the sake of a store.
 from __future__ import annotations
 
 import logging
-import threading
-import uuid
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +37,7 @@ from cenote.client.errors import CenoteError
 from .announced import Announced
 from .attach import Attachment
 from .checker import Checker, Found
-from .groups import Shape, key_of
+from .groups import Shape
 from .lookup import Lookup
 from .messages import Era
 from .offload_specs import LoadSpec, StoreSpec, ToLoad, ToStore, name_of
@@ -85,9 +83,6 @@ class Manager(OffloadingManager):
         self._settings: Final = settings
         self._shape: Final = shape
         self._era: Era | None = None
-        self._reset = ""
-        self._beginning: Final = threading.Lock()
-        self._answers: Sequence[Answer] = ()
         self._sizes: tuple[int, ...] = ()  # bytes of each group's chunks
         self._atlases: Final = Atlases()
         self._announced = self._announcements() if announcing else None
@@ -99,6 +94,8 @@ class Manager(OffloadingManager):
         self._loads: dict[str, list[Promise]] = {}  # by request
         self._left: list[Promise] = []  # of loads under way when somebody reset
         self._storing: set[OffloadKey] = set()
+        self._known: set[str] = set()  # requests that are not over
+        self._outdated: set[str] = set()  # of these, whose blocks may be from before a reset
         self._offered: OrderedDict[OffloadKey, str] = OrderedDict()
         self._rendezvous: Final = Rendezvous(engine_id, workers, self._own_pool, self._learn)
         self._attachment.start()
@@ -121,17 +118,10 @@ class Manager(OffloadingManager):
                 self._shape.chunk_tokens,
             )
             return
-        self._answers = answers
         self._sizes = answers[0].nbytes
-        self._begin()
-
-    def _begin(self) -> None:
-        """Turn to the namespaces of the workers and of the last reset, once they are known."""
-        with self._beginning:  # the one is learnt in a thread, the other said in the scheduler's
-            if self._answers:
-                era = Era(*self._answers[0].hashed, reset=self._reset)
-                self._lookup.know([answer.groups for answer in self._answers], era)
-                self._era = era
+        era = Era(*answers[0].hashed)
+        self._lookup.know([answer.groups for answer in answers], era)
+        self._era = era
 
     @property
     def ready(self) -> bool:
@@ -145,6 +135,7 @@ class Manager(OffloadingManager):
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """Look for a chunk, and hold it until the step ends or the load of it."""
+        self._outdated.discard(req_context.req_id)  # it is asked before a request has blocks
         if key in self._held and self._settings.verify != "always":
             return LookupResult.HIT
         pool = self._attachment.pool
@@ -157,7 +148,7 @@ class Manager(OffloadingManager):
             return LookupResult.MISS
 
     def _hold(self, key: OffloadKey, request: str, atlas: Atlas) -> LookupResult:
-        group, chunk_key = _parts(key)
+        group, chunk_key = self._parts(key)
         found: list[Chunk] = []
         seen: set[Found] = set()
         for cache in self._lookup.caches(group):
@@ -231,6 +222,8 @@ class Manager(OffloadingManager):
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Let go of what was promised and is not loaded after all."""
+        # They begin, or begin anew, and some without a lookup.
+        self._outdated.difference_update(context.new_req_ids, context.preempted_req_ids)
         held, self._held = self._held, {}
         for promise in held.values():
             promise.end()
@@ -240,7 +233,13 @@ class Manager(OffloadingManager):
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """Read what the request wishes."""
         req_context.set_state(Wishes.parse(req_context.kv_transfer_params))
+        self._known.add(req_context.req_id)
         return RequestOffloadingContext()
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        """Be told that nothing more will be asked for a request."""
+        self._known.discard(req_context.req_id)
+        self._outdated.discard(req_context.req_id)
 
     def prepare_store(
         self, keys: Collection[OffloadKey], req_context: ReqContext
@@ -248,11 +247,14 @@ class Manager(OffloadingManager):
         """
         Return which chunks the pool has not. Without a pool: none.
 
-        Never None, which would be logged for every step and offered again in each.
+        None either of a request that lived through a reset with its blocks: vLLM offers them all
+        again, and what they hold was computed before. The answer is never None, which would be
+        logged for every step and offered again in each.
         """
         wishes = req_context.get_state(Wishes) or NO_WISHES
         wanted: list[OffloadKey] = []
-        if self.ready and self._settings.save != "none" and not wishes.skip_save:
+        stores = self._settings.save != "none" and not wishes.skip_save
+        if self.ready and stores and req_context.req_id not in self._outdated:
             wanted = [key for key in keys if self._is_to_store(key, req_context.req_id)]
         self._storing.update(wanted)
         chunks = tuple(self._placed(wanted, req_context))
@@ -265,7 +267,7 @@ class Manager(OffloadingManager):
             self._settings.save == "reused" and not self._offered_before(key, request)
         ):
             return False
-        group, chunk_key = _parts(key)
+        group, chunk_key = self._parts(key)
         try:
             return not all(cache.match(chunk_key) for cache in self._lookup.caches(group))
         except CenoteError:
@@ -284,18 +286,19 @@ class Manager(OffloadingManager):
         places: Mapping[OffloadKey, int] = getattr(context, "_offload_key_positions", {})
         at = {(get_offload_group_idx(key), end): key for key, end in places.items()}
         for key in keys:
-            group, chunk_key = _parts(key)
+            group, chunk_key = self._parts(key)
             end = context.get_offload_key_position(key)
             position = end // self._shape.chunk_tokens - 1 if end else None
             before = at.get((group, end - self._shape.chunk_tokens)) if end else None
-            yield ToStore(group, chunk_key, _parts(before)[1] if before else None, position)
+            yield ToStore(group, chunk_key, self._parts(before)[1] if before else None, position)
 
     def complete_store(
         self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True
     ) -> None:
         """Be told that workers are done with chunks: stored, or not worth a word."""
-        self._storing.difference_update(keys)
-        for key in keys:
+        known = self._storing.intersection(keys)  # others were begun before a reset
+        self._storing -= known
+        for key in known:
             self._offer(key)
         self._flushed()
 
@@ -310,7 +313,7 @@ class Manager(OffloadingManager):
 
     def _offer(self, key: OffloadKey) -> None:
         if self._announced is not None:
-            tag = _parts(key)
+            tag = self._parts(key)
             if not self._announced.knows(tag):
                 stored = OffloadingEvent([key], Medium.CPU, removed=False, removal_expected=True)
                 self._announced.offer(tag, stored, key)
@@ -327,6 +330,10 @@ class Manager(OffloadingManager):
         """Return what became available in the pool, and what left it."""
         return self._announced.take() if self._announced is not None else ()
 
+    def _parts(self, key: OffloadKey) -> tuple[int, bytes]:
+        """Return a key's group, and what the pool calls the chunk."""
+        return get_offload_group_idx(key), self._lookup.keys.of(get_offload_block_hash(key))
+
     # ---- ends ------------------------------------------------------------------------------------
 
     def reset_cache(self) -> None:
@@ -335,10 +342,10 @@ class Manager(OffloadingManager):
         self._left += [promise for held in self._loads.values() for promise in held]
         self._loads.clear()
         self._storing.clear()
-        self._reset = uuid.uuid4().hex
-        self._begin()
+        self._outdated = set(self._known)
+        self._lookup.keys.renew()
         if self._announced is not None:
-            self._announced.forget()
+            self._announced.begin_anew()
         log.info("cenote: the cache was reset; this engine shares nothing from now on")
 
     def on_reset_flushed(self) -> None:
@@ -364,11 +371,6 @@ class Manager(OffloadingManager):
         for promise in (*self._left, *(p for held in self._loads.values() for p in held)):
             promise.end()
         self._attachment.close()
-
-
-def _parts(key: OffloadKey) -> tuple[int, bytes]:
-    """Return a key's group, and what the pool calls the chunk."""
-    return get_offload_group_idx(key), key_of(get_offload_block_hash(key))
 
 
 def _release(chunks: Sequence[Chunk]) -> None:

@@ -54,7 +54,7 @@ class LoadSpec(LoadStoreSpec):
 
     Attributes:
         pool_id: The pool that they are in.
-        era: What keys mean.
+        era: What hashes mean.
         names: Of each group's namespaces, in the order of ToLoad.places. A worker loads only what
             has the name of its own: a manager that mistook another engine's workers for its own
             would else have it load their bytes.
@@ -73,7 +73,7 @@ class StoreSpec(LoadStoreSpec):
     Chunks that the pool has not.
 
     Attributes:
-        era: What keys mean.
+        era: What hashes mean.
         chunks: Group by group.
         priority: As for `Cache.put`.
         ttl_s: As for `Cache.put`.

@@ -44,7 +44,7 @@ class Worker(OffloadingWorker):
     Args:
         memory: Where chunks go to and come from.
         attachment: The way to the pool.
-        era: What keys mean before anybody resets.
+        era: What hashes mean.
         engine_id: The engine's.
         rank: This worker's.
     """

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 from cenote.client.errors import CenoteError
@@ -28,7 +27,7 @@ from .stats import Stats
 
 log = logging.getLogger(LOGGER)
 
-ASKED_MAX: Final = 1 << 16  # keys remembered for save = "reused"
+ASKED_MAX: Final = 1 << 16  # hashes remembered for save = "reused"
 SAVING_SHARE: Final = 2  # at most one block in so many waits to be stored
 
 
@@ -55,13 +54,14 @@ class Tracked:
 
     request: Request
     wishes: Wishes
-    reused: frozenset[bytes]  # keys of it that an earlier request asked for (save = "reused")
+    reused: frozenset[bytes]  # hashes of chunks that an earlier one asked for (save = "reused")
     held: Held | None = None
     computed: int = 0  # tokens that the engine held when the pool was asked
     loading: bool = False  # its load was handed to the workers
     failed: bool = False  # a load of it failed: nothing is offered to it again
     next_save: int = 0  # number of the first chunk not looked at for saving
     due: int = 0  # below so many computed tokens there is nothing to look at for saving
+    outdated: bool = False  # its blocks may be from before a reset: what rests on them is not saved
 
 
 class ChunkAt(NamedTuple):
@@ -84,6 +84,7 @@ class Saving:
     blocks: list[Any]
     stored: int = 0
     failed: int = 0
+    outdated: bool = False  # somebody reset since it was begun: nobody here finds it any more
 
 
 class Scheduler:
@@ -94,7 +95,7 @@ class Scheduler:
         settings: The operator's.
         shape: How tokens become chunks.
         lookup: The engine's namespaces.
-        era: What keys mean.
+        era: What hashes mean.
         workers: How many there are.
         drop_tokens: Tokens before a hit's end that are computed again (speculative decoding).
         loads: Is this engine to load (kv_role)?
@@ -116,12 +117,11 @@ class Scheduler:
         self._settings: Final = settings
         self._shape: Final = shape
         self._lookup: Final = lookup
-        self._era = era
+        self._era: Final = era
         self._workers: Final = workers
         self._drop_tokens: Final = drop_tokens
         self._loads_at_all: Final = loads
         self._saves_at_all: Final = saves and settings.save != "none"
-        self._facts: dict[tuple[int, int], Sequence[Fields]] = {}
         self._blocks: Any = None  # vLLM's BlockPool
         self._announcer: Announcer | None = None
         self._tracked: dict[str, Tracked] = {}
@@ -140,7 +140,6 @@ class Scheduler:
 
     def know_workers(self, facts: dict[tuple[int, int], Sequence[Fields]]) -> None:
         """Be told what each worker's bytes depend on."""
-        self._facts = facts
         self._lookup.know(facts.values(), self._era)
 
     def know_blocks(self, blocks: Any) -> None:
@@ -163,6 +162,7 @@ class Scheduler:
         self._let_go(tracked)
         if tracked.loading:
             return 0
+        tracked.outdated = False  # it has no blocks but those that the engine's own cache gives it
         if tracked.failed or request.skip_reading_prefix_cache:
             return 0
         if not self._loads_at_all or not self._lookup.ready:
@@ -282,7 +282,7 @@ class Scheduler:
         return work
 
     def _plan_saves(self, saves: list[Save], tracked: Tracked, computed: int, step: Any) -> None:
-        if tracked.wishes.skip_save:
+        if tracked.wishes.skip_save or tracked.outdated:
             return
         request, shape = tracked.request, self._shape
         known = min(computed, request.num_tokens) // shape.chunk_tokens
@@ -292,12 +292,13 @@ class Scheduler:
         tables = step.kv_connector_block_state.get_block_ids(request.request_id)
         if tables is None:
             return
-        keys = shape.keys(request.block_hashes, first, end)
+        hashes = shape.chunk_hashes(request.block_hashes, first, end)
+        keys = self._lookup.keys.mixed(hashes)
         there = min(self._lookup.prefix(group, keys) for group in shape.groups)
         before = len(self._saving)
         for number in range(first + there, end):
             key = keys[number - first]
-            if self._settings.save == "reused" and key not in tracked.reused:
+            if self._settings.save == "reused" and hashes[number - first] not in tracked.reused:
                 continue
             parent = keys[number - first - 1] if number > first else self._parent(request, number)
             for group in shape.groups:
@@ -311,7 +312,7 @@ class Scheduler:
             self._blocks.touch([page for saving in planned for page in saving.blocks])
 
     def _parent(self, request: Request, number: int) -> bytes | None:
-        return self._shape.key(request.block_hashes, number - 1) if number else None
+        return self._lookup.keys.key(request.block_hashes, number - 1) if number else None
 
     def _plan_save(self, tracked: Tracked, at: ChunkAt, table: Sequence[int]) -> Save | None:
         """Plan to store a group's share of a chunk; None when it is not, or cannot be."""
@@ -376,7 +377,7 @@ class Scheduler:
         self._saving_keys.discard((saving.group, saving.key))
         self._saving_blocks -= len(saving.blocks)
         self._blocks.free_blocks(reversed(saving.blocks))
-        if not saving.failed and self._announcer is not None:
+        if not saving.failed and not saving.outdated and self._announcer is not None:
             self._announcer.available(saving.request, (saving.chunk,))
 
     def forget_blocks(self, blocks: set[int]) -> None:
@@ -416,13 +417,18 @@ class Scheduler:
         Begin anew: nothing that was stored until now is seen again by this engine.
 
         Whoever resets has new weights, or wants none of the old answers. The chunks belong to
-        other engines, too, and stay; this one turns to namespaces that nobody else has.
+        other engines, too, and stay; this one turns to keys that nobody else has. Loads and saves
+        under way end under the keys that they began with. A request that keeps its blocks stores
+        nothing more: what it computes rests on what was computed before. One that begins anew
+        stores all of it, from its first chunk on.
         """
-        self._era = replace(self._era, reset=uuid.uuid4().hex)
+        self._lookup.keys.renew()
         for tracked in self._tracked.values():
-            if not tracked.loading:
-                self._let_go(tracked)
-        self._lookup.know(self._facts.values(), self._era)
+            self._let_go(tracked)
+            tracked.outdated = True
+            tracked.next_save = tracked.due = 0
+        for saving in self._saving.values():
+            saving.outdated = True
         log.info("cenote: the connector's cache was reset; this engine shares nothing from now on")
 
     def close(self) -> None:
@@ -448,15 +454,16 @@ class Scheduler:
             tracked.held = None
 
     def _asked_before(self, request: Request) -> frozenset[bytes]:
-        """Return the keys of a request that an earlier one asked for, and remember them all."""
+        """Return which chunks of a request an earlier one asked for, and remember them all."""
         if self._settings.save != "reused":
             return frozenset()
         shape = self._shape
-        keys = shape.keys(request.block_hashes, 0, shape.hashed_chunks(request.block_hashes))
-        reused = frozenset(key for key in keys if key in self._asked)
-        for key in keys:
-            self._asked[key] = None
-            self._asked.move_to_end(key)
+        end = shape.hashed_chunks(request.block_hashes)
+        hashes = shape.chunk_hashes(request.block_hashes, 0, end)
+        reused = frozenset(each for each in hashes if each in self._asked)
+        for each in hashes:  # not keys: after a reset a prompt was asked for all the same
+            self._asked[each] = None
+            self._asked.move_to_end(each)
         while len(self._asked) > ASKED_MAX:
             self._asked.popitem(last=False)
         return reused
