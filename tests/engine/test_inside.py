@@ -28,7 +28,8 @@ def test_saves_are_over_with_the_last_answer(model: Models, cenoted: Daemons, ne
     arguments = engine_arguments(model(), cenote_connector(daemon.socket))
     del arguments["worker_extension_cls"]
     prompt = prompt_of(1100)
-    asked = {"engine": arguments, "prompts": [prompt, prompt, prompt_of(700, seed=1)]}
+    prompts = [(prompt, 4), (prompt, 4), (prompt_of(700, seed=1), 6)]
+    asked = {"engine": arguments, "socket": str(daemon.socket), "prompts": prompts}
     done = subprocess.run(
         [str(PYTHON), str(HERE / "inside_engine.py"), json.dumps(asked)],
         env={**engine_environment(newer=newer), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
