@@ -344,8 +344,8 @@ class Engine:
     def keys(self, prompt: Sequence[int]) -> list[bytes]:
         """The keys of a prompt's whole chunks."""
         request = Request("", list(prompt), SamplingParams(), None, block_hasher=self._hasher)
-        found = self.planner._shape.keys(request.block_hashes, 0, len(prompt) // CHUNK_TOKENS)
-        return list(found)
+        chunks = len(prompt) // CHUNK_TOKENS
+        return list(self.planner._lookup.keys.keys(request.block_hashes, 0, chunks))
 
     def spoil(self, prompt: Sequence[int], chunk: int) -> None:
         """Change a byte of a stored chunk, of the first group, as a broken device would."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(LOGGER)
 
-SAVE_WAIT_MS: Final = 100
+SAVE_WAIT_MS: Final = 1000  # on a busy host the keeper runs late; after a failure none waits
 
 
 @dataclass
