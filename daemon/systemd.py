@@ -17,13 +17,19 @@ USEC_PER_S: Final = 1_000_000
 log = get_log(__name__)
 
 
+def notify_address(environ: Mapping[str, str]) -> str:
+    """Return where systemd listens, as bind(2) and connect(2) want it, or ""."""
+    address = environ.get("NOTIFY_SOCKET", "")
+    if address.startswith("@"):  # the abstract name space
+        return "\0" + address[1:]
+    return address if address.startswith("/") else ""
+
+
 def notify(state: str, environ: Mapping[str, str] | None = None) -> bool:
     """Send *state* ("READY=1", several separated by line ends); return whether it went."""
-    address = (os.environ if environ is None else environ).get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
+    address = notify_address(os.environ if environ is None else environ)
+    if not address:
         return False
-    if address.startswith("@"):  # the abstract name space
-        address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
         try:
             sock.sendto(state.encode(), address)
