@@ -66,7 +66,7 @@ struct cn_session_open {
     uint64_t lease_limit_bytes;
     const char *label;
     uint32_t ret_session;
-    uint32_t reserved;
+    uint32_t opening; /* 1: its descriptor is sent after cn_keeper_session_confirm() only */
     uint64_t ret_nonce;
 };
 
@@ -77,7 +77,7 @@ struct cn_namespace_open {
     const char *name;        /* "" = unnamed */
     const uint8_t *manifest; /* canonical msgpack */
     uint32_t manifest_bytes;
-    uint32_t session;       /* this session may commit to it from now on; UINT32_MAX: nobody */
+    uint32_t session; /* from now on it may commit to the tenant's namespaces; UINT32_MAX: nobody */
     uint64_t session_nonce; /* of that session: its index may have passed to another */
     uint32_t ret_slot;
     /* CN_EINVAL: the slot whose name this is, with another manifest, or the namespace's own slot:
@@ -105,6 +105,44 @@ struct cn_session_info {
 /* catalog and regions stay mapped until cn_keeper_destroy(). Only a freshly formatted catalog. */
 int cn_keeper_create(void *catalog, uint64_t catalog_bytes, void *const *regions,
                      const struct cn_keeper_config *config, struct cn_keeper **ret_keeper);
+/* A session of a dead keeper, as custody and registry have it. On CN_OK the keeper owns segment and
+ * descriptors. */
+struct cn_adopt_session {
+    void *segment; /* mapped writable, cn_session_segment_bytes() long */
+    uint64_t segment_bytes;
+    uint64_t nonce;
+    uint32_t session; /* its place in the registry */
+    int32_t liveness_fd;
+    int32_t doorbell_fd;
+    int32_t pidfd;
+};
+
+/* What a takeover found. */
+struct cn_recovery {
+    uint64_t live_chunks;
+    uint64_t live_bytes;
+    uint64_t sessions;
+    uint64_t grants;     /* extents lent to writers, that are lent still */
+    uint64_t returned;   /* lent to nobody any more: free again */
+    uint64_t dying;      /* on their way out; freed once no table names them */
+    uint64_t linked;     /* committed, and missing in the index until now */
+    uint64_t twins;      /* second copies of a move */
+    uint64_t unindexed;  /* entries of the index that named no chunk */
+    uint64_t unverified; /* to be checked before their first use (I9) */
+    uint64_t was_clean;
+    uint64_t reserved;
+};
+
+/*
+ * Take over the catalog of a keeper that is proved dead (I7). sessions: every one that the registry
+ * has as OPEN. CN_EMISS: one of them is not there; CN_ECLOSED: the pool is retired; CN_EVERSION,
+ * CN_ECORRUPT: it is not what this build can keep. On any error nothing was changed, and segments
+ * and descriptors stay the caller's.
+ */
+int cn_keeper_adopt(void *catalog, uint64_t catalog_bytes, void *const *regions,
+                    const struct cn_keeper_config *config, const struct cn_adopt_session *sessions,
+                    uint32_t session_count, struct cn_recovery *ret_found,
+                    struct cn_keeper **ret_keeper);
 /* Start the one thread that writes the catalog (I1); all signals blocked, never touches Python. */
 int cn_keeper_start(struct cn_keeper *keeper);
 /* Stop and join it; the catalog is marked clean. Idempotent; never beside another call. */
@@ -115,6 +153,8 @@ int cn_keeper_step(struct cn_keeper *keeper);
 
 /* Each of these runs on the keeper's thread and waits for it. */
 int cn_keeper_session_open(struct cn_keeper *keeper, struct cn_session_open *args);
+/* It is in custody: from now on a successor must have it, too (I7). CN_EMISS: it has ended. */
+int cn_keeper_session_confirm(struct cn_keeper *keeper, uint32_t session, uint64_t nonce);
 /* A hint to look: the socket closed. The session ends on proof of death only (I6). */
 int cn_keeper_session_hint(struct cn_keeper *keeper, uint32_t session, uint64_t nonce);
 /* From now on the session has this role at most. A reader may commit to no namespace any more and

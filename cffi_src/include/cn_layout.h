@@ -22,7 +22,7 @@
 #include <stdint.h>
 
 /* cffi:begin */
-#define CN_LAYOUT_VERSION 1
+#define CN_LAYOUT_VERSION 2
 #define CN_MAGIC 0x31656c6f6f706e63ULL         /* "cnpoole1" */
 #define CN_SESSION_MAGIC 0x31737365736e6563ULL /* "censess1" */
 #define CN_ENDIAN 0x01020304
@@ -47,6 +47,7 @@
 #define CN_BUCKET_ENTRIES 8
 #define CN_POSITION_UNKNOWN 0xffffffff
 #define CN_SUPER_BYTES 4096
+#define CN_TENANT_NONE 0xffffffffffffffffULL /* a session that opened no namespace yet */
 
 /* Chunk states. FREE is zero, so that fresh memory is a table of free descriptors. */
 enum cn_state {
@@ -104,7 +105,7 @@ struct cn_cold {
     uint32_t extent_pages; /* of the extent, 4 KiB each */
     uint16_t meta_bytes;   /* opaque caller bytes, at data_bytes rounded up to 64 */
     int8_t priority;
-    uint8_t uses;        /* advisory: the policy's use count, saved for a successor */
+    uint8_t uses;        /* advisory: the policy's use count, for the keeper's successor */
     uint32_t last_use_s; /* advisory: CLOCK_REALTIME seconds */
     uint64_t writer;     /* session nonce of the writer */
 };
@@ -249,7 +250,12 @@ struct cn_namespace {
 };
 
 enum cn_role { CN_ROLE_READER = 1, CN_ROLE_WRITER = 2, CN_ROLE_ADMIN = 3 };
-enum cn_session_state { CN_SESSION_FREE = 0, CN_SESSION_OPEN = 1, CN_SESSION_DYING = 2 };
+enum cn_session_state {
+    CN_SESSION_FREE = 0,
+    CN_SESSION_OPEN = 1,
+    CN_SESSION_DYING = 2,
+    CN_SESSION_OPENING = 3 /* not in custody yet, so its descriptor went to nobody */
+};
 
 /* Who is attached. Fields first, word last. */
 struct cn_session_entry {
@@ -265,8 +271,8 @@ struct cn_session_entry {
     uint64_t leased_bytes;
     uint64_t granted_bytes;
     uint64_t lease_limit_bytes;
-    char label[40]; /* of the client's choosing, for people */
-    uint64_t reserved;
+    char label[40];  /* of the client's choosing, for people */
+    uint64_t tenant; /* it may commit to namespaces of this tenant, or CN_TENANT_NONE */
 };
 
 enum cn_event_kind {

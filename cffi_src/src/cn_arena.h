@@ -45,6 +45,9 @@ uint64_t cn_arena_extent_bytes(const struct cn_arena *a, uint64_t off);
 int cn_arena_adopt_slab(struct cn_arena *a, uint32_t granule, uint64_t word);
 int cn_arena_adopt_extent(struct cn_arena *a, uint64_t off);
 
+/* Then give back what the predecessor had made and not filled yet. */
+void cn_arena_trim(struct cn_arena *a);
+
 /* The window of whole slabs and free granules that is cheapest to empty so that an extent of
  * data_bytes fits: fewest allocated bytes, no slab for which busy(ctx, slab_off, slab_bytes) is
  * true (leased or granted extents). CN_OK and the byte range, or CN_EFULL. O(number of slabs). */

@@ -252,3 +252,10 @@ int cn_arena_adopt_extent(struct cn_arena *a, uint64_t off)
     cn_slab_use(a, head, extent);
     return CN_OK;
 }
+
+void cn_arena_trim(struct cn_arena *a)
+{
+    for (uint32_t g = 0; g < a->granule_count; g++)
+        if (a->slabs[g].extent_pages != 0 && a->slabs[g].used_count == 0 && !a->slabs[g].closed)
+            cn_slab_return(a, g);
+}

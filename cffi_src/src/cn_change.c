@@ -5,6 +5,7 @@
  */
 #include <string.h>
 
+#include "cn_crash.h"
 #include "cn_keeper.h"
 
 #define NS_IN_S 1000000000ull
@@ -49,7 +50,7 @@ static uint32_t descriptor_take(struct cn_keeper *k)
     return k->fresh < k->catalog.chunk_count ? k->fresh++ : CN_NONE;
 }
 
-static void descriptor_put(struct cn_keeper *k, uint32_t d)
+void cn_descriptor_put(struct cn_keeper *k, uint32_t d)
 {
     k->nodes[d].next = k->free_head;
     k->free_head = d;
@@ -109,6 +110,7 @@ int cn_descriptor_fill(struct cn_keeper *k, uint64_t extent_bytes, uint32_t owne
     cn_store_relaxed(&chunk->place, cn_place(region, 0, owner));
     memset(&k->catalog.cold[d], 0, sizeof(struct cn_cold));
     k->catalog.cold[d].extent_pages = (uint32_t)(bytes / CN_PAGE_BYTES);
+    CN_CRASH_POINT(grant_fields);
     k->nodes[d] = (struct cn_policy_node){.prev = CN_NONE, .next = CN_NONE};
     k->children[d] = 0;
     *ret_d = d;
@@ -122,6 +124,13 @@ uint32_t cn_next_gen(const struct cn_keeper *k, uint32_t d)
     return gen == 0 ? 1 : gen;
 }
 
+void cn_grant_adopt(struct cn_keeper *k, struct cn_session *s, uint32_t d)
+{
+    grant_list_add(k, s, d);
+    s->granted_bytes += cn_extent_bytes(k, d);
+    k->count.granted_bytes += cn_extent_bytes(k, d);
+}
+
 int cn_grant_one(struct cn_keeper *k, struct cn_session *s, uint64_t extent_bytes,
                  uint64_t *ret_ref)
 {
@@ -131,9 +140,8 @@ int cn_grant_one(struct cn_keeper *k, struct cn_session *s, uint64_t extent_byte
         return status;
     uint32_t gen = cn_next_gen(k, d);
     cn_chunk_publish(k, d, gen, CN_GRANTED, 0);
-    grant_list_add(k, s, d);
-    s->granted_bytes += cn_extent_bytes(k, d);
-    k->count.granted_bytes += cn_extent_bytes(k, d);
+    CN_CRASH_POINT(grant_word);
+    cn_grant_adopt(k, s, d);
     k->count.grants++;
     *ret_ref = cn_ref(d, gen);
     return CN_OK;
@@ -162,8 +170,9 @@ void cn_free(struct cn_keeper *k, uint32_t d)
 {
     struct cn_chunk *chunk = &k->catalog.chunks[d];
     cn_chunk_publish(k, d, cn_word_gen(chunk->word), CN_FREE, 0);
+    CN_CRASH_POINT(free_word);
     cn_arena_free(k->arena[cn_place_region(chunk->place)], chunk->data_off);
-    descriptor_put(k, d);
+    cn_descriptor_put(k, d);
 }
 
 bool cn_grant_drop(struct cn_keeper *k, struct cn_session *s, uint64_t ref)
@@ -269,7 +278,7 @@ int cn_link(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r
     if (d == CN_NONE)
         return CN_EMISS; /* a replay, or a forged grant: nothing happens (I5) */
     grant_end(k, s, d);
-    if (!cn_session_may_write(s, r->ns_slot))
+    if (!cn_session_may_write(k, s, r->ns_slot))
         return refuse_commit(k, d, &k->count.refused, CN_EACCES);
     if (!record_is_sound(k, r, d))
         return refuse_commit(k, d, &k->count.bad_records, CN_EINVAL);
@@ -294,9 +303,12 @@ int cn_link(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r
     cn_store_relaxed(&chunk->place, cn_place(region, r->ns_slot, s->idx));
     uint32_t parent = parent_from(k, r);
     fill_cold(k, s, r, d, parent);
+    CN_CRASH_POINT(commit_fields);
     /* crash after it: LIVE, unlinked; recovery links it */
     cn_chunk_publish(k, d, gen, CN_LIVE, flags_of(r));
+    CN_CRASH_POINT(commit_live);
     cn_index_insert(&k->catalog, h, d);
+    CN_CRASH_POINT(commit_index);
     cn_policy_add(k, d, parent == CN_NONE && (r->flags & CN_RF_PARENT) != 0);
     cn_account_live(k, d, true);
     k->count.commits++;
@@ -336,7 +348,9 @@ void cn_unlink_one(struct cn_keeper *k, uint32_t d, uint32_t kind, uint32_t reas
     if (kind != CN_EVENT_CLEARED) /* one event for all, put by the caller */
         cn_event_put(k, kind, reason, d);
     cn_chunk_publish(k, d, cn_word_gen(word), CN_DYING, cn_word_flags(word));
+    CN_CRASH_POINT(dying_word);
     cn_index_remove(&k->catalog, cn_chunk_hash(k, d), d);
+    CN_CRASH_POINT(dying_index);
     k->unlink.d[k->unlink.count++] = d;
 }
 
@@ -350,9 +364,12 @@ bool cn_set_pin(struct cn_keeper *k, uint32_t d, uint64_t until_ns)
             return false;
         cn_policy_drop(k, d, false);
         count_pin(k, d, true);
+        cn_store_relaxed(&k->catalog.cold[d].pinned_ns, until_ns); /* a pin has an end */
+        CN_CRASH_POINT(pin_end);
         cn_chunk_publish(k, d, cn_word_gen(word), CN_LIVE, cn_word_flags(word) | CN_CF_PINNED);
+        CN_CRASH_POINT(pin_word);
     }
-    k->catalog.cold[d].pinned_ns = until_ns;
+    cn_store_relaxed(&k->catalog.cold[d].pinned_ns, until_ns);
     cn_timer_add(k, until_ns, cn_ref(d, cn_word_gen(word)));
     return true;
 }
@@ -362,12 +379,42 @@ void cn_clear_pin(struct cn_keeper *k, uint32_t d)
     uint64_t word = cn_chunk_word(k, d);
     if ((cn_word_flags(word) & CN_CF_PINNED) == 0)
         return;
-    k->catalog.cold[d].pinned_ns = 0;
+    cn_store_relaxed(&k->catalog.cold[d].pinned_ns, 0);
     count_pin(k, d, false);
+    CN_CRASH_POINT(unpin_end);
     cn_chunk_publish(k, d, cn_word_gen(word), CN_LIVE,
                      cn_word_flags(word) & ~(uint32_t)CN_CF_PINNED);
     cn_policy_add(k, d, false);
     cn_expire(k, d);
+}
+
+/* A crash between a pin's two stores leaves half of one: then there is none. */
+static void pin_adopt(struct cn_keeper *k, uint32_t d)
+{
+    uint64_t word = cn_chunk_word(k, d);
+    uint64_t until_ns = k->catalog.cold[d].pinned_ns;
+    bool pinned = (cn_word_flags(word) & CN_CF_PINNED) != 0;
+    if (pinned && until_ns != 0) {
+        count_pin(k, d, true);
+        cn_timer_add(k, until_ns, cn_ref(d, cn_word_gen(word)));
+    } else if (pinned) {
+        cn_chunk_publish(k, d, cn_word_gen(word), CN_LIVE,
+                         cn_word_flags(word) & ~(uint32_t)CN_CF_PINNED);
+    } else if (until_ns != 0) {
+        cn_store_relaxed(&k->catalog.cold[d].pinned_ns, 0);
+    }
+}
+
+void cn_live_adopt(struct cn_keeper *k, uint32_t d)
+{
+    const struct cn_cold *cold = &k->catalog.cold[d];
+    uint32_t parent = cn_live_of(k, cold->parent);
+    pin_adopt(k, d);
+    if (parent != CN_NONE)
+        k->children[parent]++;
+    cn_account_live(k, d, true);
+    if (cold->expires_ns != 0)
+        cn_timer_add(k, cold->expires_ns, cn_ref(d, cn_word_gen(cn_chunk_word(k, d))));
 }
 
 void cn_set_crc(struct cn_keeper *k, uint64_t ref, uint32_t crc32c)
@@ -378,7 +425,9 @@ void cn_set_crc(struct cn_keeper *k, uint64_t ref, uint32_t crc32c)
     uint64_t word = cn_chunk_word(k, d);
     uint64_t bytes = (uint32_t)k->catalog.chunks[d].size_crc;
     cn_store_relaxed(&k->catalog.chunks[d].size_crc, (uint64_t)crc32c << 32 | bytes);
+    CN_CRASH_POINT(crc_value);
     uint32_t flags = (cn_word_flags(word) | CN_CF_CRC) & ~(uint32_t)CN_CF_UNVERIFIED;
     cn_chunk_publish(k, d, cn_word_gen(word), CN_LIVE, flags);
+    CN_CRASH_POINT(crc_word);
     k->count.verified++;
 }

@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "cn_crash.h"
 #include "cn_keeper.h"
 
 static void futex_wake(uint32_t *futex)
@@ -93,6 +94,7 @@ static void namespace_write(struct cn_keeper *k, uint32_t slot, const struct cn_
     memcpy(n->manifest, o->manifest, o->manifest_bytes);
     strncpy(n->name, o->name, sizeof(n->name) - 1);
     cn_store_release(&n->word, 1); /* fields first */
+    CN_CRASH_POINT(ns_word);
     k->count.namespaces++;
 }
 
@@ -105,6 +107,7 @@ static bool namespace_name(struct cn_keeper *k, uint32_t slot, struct cn_namespa
         return false;
     }
     strncpy(n->name, o->name, sizeof(n->name) - 1);
+    CN_CRASH_POINT(ns_name);
     return true;
 }
 
@@ -129,7 +132,7 @@ static int do_namespace_open(struct cn_keeper *k, void *args)
     struct cn_session *s = o->session < CN_SESSIONS_MAX ? k->sessions[o->session] : NULL;
     /* not its successor in the same place, and nobody who was demoted meanwhile */
     if (s != NULL && s->nonce == o->session_nonce && s->role >= CN_ROLE_WRITER)
-        s->allowed[slot / 64] |= 1ull << (slot % 64);
+        cn_session_set_tenant(k, s, o->tenant);
     o->ret_slot = slot;
     return CN_OK;
 }
@@ -171,6 +174,7 @@ static int do_namespace_quota(struct cn_keeper *k, void *args)
         return CN_EMISS;
     bool own_queue = k->catalog.namespaces[quota->slot].quota_bytes != 0;
     cn_store_relaxed(&k->catalog.namespaces[quota->slot].quota_bytes, quota->bytes);
+    CN_CRASH_POINT(ns_quota);
     if (own_queue != (quota->bytes != 0))
         requeue_namespace(k, quota->slot);
     return CN_OK;
@@ -248,6 +252,7 @@ static int do_clear(struct cn_keeper *k, void *args)
         cn_unlink_one(k, d, CN_EVENT_CLEARED, CN_BY_ADMIN);
         k->limbo[k->limbo_count++] = d; /* one fence and one scan for all of them */
         k->unlink.count = 0;
+        CN_CRASH_POINT(clear_one);
         (*dropped)++;
     }
     cn_fence_keeper();
@@ -260,6 +265,7 @@ static int do_retire(struct cn_keeper *k, void *args)
 {
     (void)args;
     cn_store_release(&k->catalog.super->pool_state, CN_POOL_RETIRED);
+    CN_CRASH_POINT(retired);
     return CN_OK;
 }
 
@@ -280,6 +286,12 @@ int cn_keeper_session_hint(struct cn_keeper *k, uint32_t session, uint64_t nonce
 {
     struct cn_hint_args args = {session, nonce};
     return cn_call(k, cn_do_session_hint, &args);
+}
+
+int cn_keeper_session_confirm(struct cn_keeper *k, uint32_t session, uint64_t nonce)
+{
+    struct cn_hint_args args = {session, nonce};
+    return cn_call(k, cn_do_session_confirm, &args);
 }
 
 int cn_keeper_session_demote(struct cn_keeper *k, uint32_t session, uint64_t nonce, uint32_t role)

@@ -2,6 +2,7 @@
 /* The event feed: see cn_layout.h for its format. */
 #include <string.h>
 
+#include "cn_crash.h"
 #include "cn_keeper.h"
 
 void cn_event_put(struct cn_keeper *k, uint32_t kind, uint32_t reason, uint32_t d)
@@ -12,7 +13,8 @@ void cn_event_put(struct cn_keeper *k, uint32_t kind, uint32_t reason, uint32_t 
     const struct cn_chunk *chunk = d == CN_NONE ? NULL : &k->catalog.chunks[d];
     uint64_t what = kind | (uint64_t)reason << 8;
     cn_store_release(&event->sequence, 0); /* invalid while it changes */
-    cn_fence_release();                    /* pairs with the acquire fence in read_event() */
+    CN_CRASH_POINT(event_begun);
+    cn_fence_release(); /* pairs with the acquire fence in read_event() */
     cn_store_relaxed(&event->time_ns, k->realtime_ns);
     for (uint32_t i = 0; i < 4; i++)
         cn_store_relaxed(&event->key[i], chunk == NULL ? 0 : chunk->key[i]);
@@ -22,7 +24,9 @@ void cn_event_put(struct cn_keeper *k, uint32_t kind, uint32_t reason, uint32_t 
     cn_store_relaxed(&event->what, what);
     cn_store_relaxed(&event->chunk, chunk == NULL ? 0 : cn_ref(d, cn_word_gen(chunk->word)));
     cn_store_release(&event->sequence, sequence);
+    CN_CRASH_POINT(event_written);
     cn_store_release(&super->event_head, sequence + 1);
+    CN_CRASH_POINT(event_head);
 }
 
 static bool read_event(const struct cn_event *event, uint64_t sequence, struct cn_event *ret_event)

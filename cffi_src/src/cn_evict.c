@@ -2,6 +2,7 @@
 /* Who may leave, who must wait, and how memory is found for a size that has none. */
 #include <stdlib.h>
 
+#include "cn_crash.h"
 #include "cn_keeper.h"
 
 /* candidates passed over in one batch, besides the leased ones */
@@ -56,6 +57,7 @@ void cn_unlink_flush(struct cn_keeper *k)
     cn_fence_keeper();
     cn_scan_leases(k);
     uint32_t n = k->unlink.count;
+    CN_CRASH_POINT(dying_scanned);
     k->unlink.count = 0;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t d = k->unlink.d[i];

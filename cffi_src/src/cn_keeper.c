@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The keeper's thread: rounds of work, the doorbell, commands from the control thread. */
 #include "cn_keeper.h"
+#include "cn_crash.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -47,6 +48,10 @@ static bool sys_is_dead(int liveness_fd)
     flock(liveness_fd, LOCK_UN);
     return true;
 }
+
+#ifdef CN_CRASH_POINTS
+void (*cn_crash_hook)(const char *point);
+#endif
 
 static const struct cn_keeper_ops real_ops = {
     sys_realtime_ns,
@@ -281,6 +286,7 @@ static void store_slab(void *ctx, uint32_t granule, uint64_t word)
     const struct cn_slab_ctx *slab = ctx;
     const struct cn_catalog *c = &slab->keeper->catalog;
     cn_store_release(&c->slabs[c->super->regions[slab->region].slabs_first + granule], word);
+    CN_CRASH_POINT(slab_word);
 }
 
 static int open_arenas(struct cn_keeper *k, void *const *regions)
@@ -323,8 +329,8 @@ static int open_private(struct cn_keeper *k)
     return CN_OK;
 }
 
-int cn_keeper_create(void *catalog, uint64_t catalog_bytes, void *const *regions,
-                     const struct cn_keeper_config *config, struct cn_keeper **ret_keeper)
+int cn_keeper_new(void *catalog, uint64_t catalog_bytes, void *const *regions,
+                  struct cn_keeper **ret_keeper)
 {
     struct cn_keeper *k = calloc(1, sizeof(*k));
     if (k == NULL)
@@ -334,25 +340,49 @@ int cn_keeper_create(void *catalog, uint64_t catalog_bytes, void *const *regions
     k->next_nonce = 1;
     k->round = 1;
     k->ops = real_ops;
-    struct cn_keeper_config copy = *config;
     int status = cn_catalog_open(catalog, catalog_bytes, &k->catalog);
-    if (status == CN_OK && k->catalog.super->sequence != 0)
-        status = CN_EINVAL; /* used before: that is recovery's business */
     if (status == CN_OK)
         status = open_private(k);
     if (status == CN_OK)
         status = open_arenas(k, regions);
+    if (status != CN_OK) {
+        cn_keeper_destroy(k);
+        return status;
+    }
+    *ret_keeper = k;
+    return CN_OK;
+}
+
+void cn_keeper_take_office(struct cn_keeper *k)
+{
+    struct cn_super *super = k->catalog.super;
+    uint64_t token = k->ops.realtime_ns() | 1;
+    super->keeper_pid = (uint64_t)getpid();
+    cn_store_release(&super->clean, 0); /* before the first change */
+    CN_CRASH_POINT(office_clean);
+    if (token <= super->boot_token)
+        token = super->boot_token + 2; /* the clock was set back: still another one */
+    cn_store_release(&super->boot_token, token);
+    CN_CRASH_POINT(office_token);
+    cn_store_release(&super->pool_state, CN_POOL_SERVING);
+}
+
+int cn_keeper_create(void *catalog, uint64_t catalog_bytes, void *const *regions,
+                     const struct cn_keeper_config *config, struct cn_keeper **ret_keeper)
+{
+    struct cn_keeper *k;
+    struct cn_keeper_config copy = *config;
+    int status = cn_keeper_new(catalog, catalog_bytes, regions, &k);
+    if (status != CN_OK)
+        return status;
+    status = k->catalog.super->boot_token == 0 ? CN_OK : CN_EINVAL; /* used: cn_keeper_adopt() */
     if (status == CN_OK)
         status = cn_do_configure(k, &copy);
     if (status != CN_OK) {
         cn_keeper_destroy(k);
         return status;
     }
-    struct cn_super *super = k->catalog.super;
-    super->keeper_pid = (uint64_t)getpid();
-    cn_store_release(&super->clean, 0); /* before the first change */
-    cn_store_release(&super->boot_token, clock_ns(CLOCK_REALTIME) | 1);
-    cn_store_release(&super->pool_state, CN_POOL_SERVING);
+    cn_keeper_take_office(k);
     *ret_keeper = k;
     return CN_OK;
 }
@@ -397,7 +427,7 @@ void cn_keeper_destroy(struct cn_keeper *k)
 {
     cn_keeper_stop(k);
     while (k->session_count > 0)
-        cn_session_end(k, k->sessions[k->session_list[0]]);
+        cn_session_forget(k, k->sessions[k->session_list[0]]);
     for (uint32_t i = 0; i < k->domain_count; i++)
         cn_policy_destroy(k->domains[k->domain_list[i]]);
     for (uint32_t i = 0; i < k->region_count; i++)

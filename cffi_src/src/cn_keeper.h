@@ -11,6 +11,7 @@
  *   cn_queue.c     eviction queues and timers
  *   cn_evict.c     scan of the lease tables, unlinking, limbo, victims, emptying slabs
  *   cn_event.c     the feed
+ *   cn_recover.c   taking over what a dead keeper left
  *   cn_audit.c     do all tables agree?
  */
 #ifndef CN_KEEPER_H
@@ -69,7 +70,7 @@ struct cn_session {
     uint64_t death_check_ns; /* next look at the liveness lock; 0 = nobody suspects it */
     uint64_t death_period_ns;
     struct cn_row_state rows[CN_STOCK_ROWS];
-    uint64_t allowed[CN_NAMESPACES_MAX / 64]; /* namespaces it may commit to */
+    uint64_t tenant;     /* it may commit to namespaces of this tenant */
     uint32_t grant_head; /* its GRANTED descriptors, linked through the policy nodes */
     uint32_t idx;
     uint32_t role;
@@ -215,6 +216,11 @@ uint32_t cn_parent_of(void *keeper, uint32_t d);
 /* FREE -> GRANTED for a session. CN_EFULL, CN_ETOOBIG, CN_ELIMIT (no descriptor left). */
 int cn_grant_one(struct cn_keeper *k, struct cn_session *s, uint64_t extent_bytes,
                  uint64_t *ret_ref);
+/* A predecessor's grant, counted as ours. */
+void cn_grant_adopt(struct cn_keeper *k, struct cn_session *s, uint32_t d);
+/* A predecessor's chunk: pin, deadline, parent and sums. */
+void cn_live_adopt(struct cn_keeper *k, uint32_t d);
+void cn_descriptor_put(struct cn_keeper *k, uint32_t d);
 /* GRANTED -> FREE, if ref is a grant of this session: a replay is a silent no-op (I5). */
 bool cn_grant_drop(struct cn_keeper *k, struct cn_session *s, uint64_t ref);
 /* GRANTED -> LIVE. The grant is used up whatever the answer. */
@@ -236,6 +242,10 @@ bool cn_move(struct cn_keeper *k, uint32_t d, struct cn_moved *ret_moved);
 /* Children of moved chunks name them where they are now: a chain stays one, and leaves from its
  * tail. moved: in ascending order of from. */
 void cn_moved_adopt(struct cn_keeper *k, const struct cn_moved *moved, uint32_t count);
+/* What a successor needs to know about its place in the queue. */
+void cn_policy_save(struct cn_keeper *k, uint32_t d);
+/* Into the queue of its domain as a predecessor saved it; called with the oldest first. */
+void cn_policy_restore(struct cn_keeper *k, uint32_t d);
 /* One use: a second writer brought the same key. */
 void cn_policy_touch(struct cn_keeper *k, uint32_t d);
 void cn_policy_drop(struct cn_keeper *k, uint32_t d, bool evicted);
@@ -265,6 +275,12 @@ bool cn_make_room(struct cn_keeper *k, uint64_t extent_bytes);
 
 /* ---- cn_session.c --------------------------------------------------------- */
 
+/* NULL: no memory, or no descriptor can be watched. */
+struct cn_session *cn_session_new(struct cn_keeper *k, const struct cn_session_open *o,
+                                  uint32_t idx, uint64_t nonce);
+uint64_t cn_session_hits(const struct cn_session *s);
+void cn_session_enter(struct cn_keeper *k, struct cn_session *s);
+void cn_session_forget(struct cn_keeper *k, struct cn_session *s);
 uint32_t cn_session_drain(struct cn_keeper *k, struct cn_session *s, uint32_t records_max);
 void cn_session_read_access(struct cn_keeper *k, struct cn_session *s);
 /* The same where half of the log is unread: whoever only reads is heard before an eviction, too. */
@@ -273,7 +289,9 @@ void cn_session_publish(struct cn_keeper *k, struct cn_session *s, bool wake);
 void cn_session_end(struct cn_keeper *k, struct cn_session *s);
 bool cn_session_has_work(const struct cn_session *s);
 /* May it change what is in this namespace? */
-bool cn_session_may_write(const struct cn_session *s, uint32_t ns);
+bool cn_session_may_write(const struct cn_keeper *k, const struct cn_session *s, uint32_t ns);
+/* From now on it may commit to the namespaces of this tenant, and of no other. */
+void cn_session_set_tenant(struct cn_keeper *k, struct cn_session *s, uint64_t tenant);
 /* Take back what lies in its stock unused. Its rows are not filled again until it asks. */
 uint32_t cn_session_revoke_stock(struct cn_keeper *k, struct cn_session *s);
 /* Take back granted extents that lie in stocks which nobody used for so long. Returns how many. */
@@ -284,6 +302,7 @@ void cn_stock_used(struct cn_keeper *k, struct cn_session *s, const struct cn_re
 void cn_stock_refill(struct cn_keeper *k, struct cn_session *s);
 void cn_session_fold(struct cn_keeper *k, struct cn_session *s);
 int cn_do_session_open(struct cn_keeper *k, void *args);
+int cn_do_session_confirm(struct cn_keeper *k, void *args);
 int cn_do_session_hint(struct cn_keeper *k, void *args);
 int cn_do_session_demote(struct cn_keeper *k, void *args);
 int cn_do_session_info(struct cn_keeper *k, void *args);
@@ -307,6 +326,14 @@ struct cn_info_args {
     uint32_t max;
     uint32_t *count;
 };
+
+/* ---- cn_keeper.c ---------------------------------------------------------- */
+
+/* A keeper of this catalog that has changed nothing yet. */
+int cn_keeper_new(void *catalog, uint64_t catalog_bytes, void *const *regions,
+                  struct cn_keeper **ret_keeper);
+/* From here on we are the one who writes it (I1). */
+void cn_keeper_take_office(struct cn_keeper *k);
 
 /* ---- cn_event.c, cn_audit.c ----------------------------------------------- */
 

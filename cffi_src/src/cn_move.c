@@ -5,6 +5,7 @@
  * Readers of the old extent keep it until they let go; a crash in between leaves two LIVE
  * descriptors of one key with equal bytes, of which the index names one.
  */
+#include "cn_crash.h"
 #include "cn_keeper.h"
 #include "cn_region.h"
 
@@ -60,15 +61,19 @@ bool cn_move(struct cn_keeper *k, uint32_t d, struct cn_moved *ret_moved)
     cn_store_relaxed(&copy->place,
                      cn_place(cn_place_region(copy->place), cn_place_ns(chunk->place), 0));
     move_cold(k, d, d2);
+    CN_CRASH_POINT(move_fields);
     uint32_t gen2 = cn_next_gen(k, d2);
     cn_chunk_publish(k, d2, gen2, CN_LIVE, cn_word_flags(word));
+    CN_CRASH_POINT(move_live);
     cn_index_swing(&k->catalog, cn_chunk_hash(k, d), d, d2);
+    CN_CRASH_POINT(move_index);
     policy_replace(k, d, d2);
     cn_account_live(k, d2, true);
     cn_account_live(k, d, false);
     if (k->catalog.cold[d2].expires_ns != 0) /* pinned chunks are not moved */
         cn_timer_add(k, k->catalog.cold[d2].expires_ns, cn_ref(d2, gen2));
     cn_chunk_publish(k, d, cn_word_gen(word), CN_DYING, cn_word_flags(word));
+    CN_CRASH_POINT(move_dying);
     if (k->unlink.count == CN_UNLINK_BATCH)
         cn_unlink_flush(k);
     k->unlink.d[k->unlink.count++] = d;
@@ -104,6 +109,7 @@ void cn_moved_adopt(struct cn_keeper *k, const struct cn_moved *moved, uint32_t 
         if (to == 0)
             continue;
         cn_store_relaxed(&cold->parent, to);
+        CN_CRASH_POINT(move_parent);
         k->children[cn_ref_d(to)]++;
     }
 }

@@ -104,6 +104,20 @@ void cn_policy_set_capacity(struct cn_policy *p, uint32_t capacity)
     }
 }
 
+#define READD_TOUCHES_MAX 3u /* what S3-FIFO counts to; beyond it the order says more */
+
+void cn_policy_readd(struct cn_policy *p, uint32_t d, uint32_t parent, uint64_t hash, uint32_t uses,
+                     uint32_t last_use_s)
+{
+    uint32_t touches = p->ghost != NULL || uses == 0 ? 0 : uses - 1;
+
+    if (p->ghost != NULL && uses > 1)
+        cn_ghost_put(p->ghost, hash, uses - 1); /* as if it had been evicted, and came back */
+    p->ops->insert(p, d, parent, hash, last_use_s);
+    for (uint32_t i = 0; i < touches && i < READD_TOUCHES_MAX; i++)
+        p->ops->touch(p, &d, &hash, 1, last_use_s);
+}
+
 const char *cn_policy_name(uint32_t i) { return i < KIND_COUNT ? kinds[i].ops->name : NULL; }
 
 static void list_mark(struct cn_policy *p, uint32_t q)

@@ -87,6 +87,11 @@ struct cn_policy *cn_policy_create(const char *name, struct cn_policy_node *node
                                    cn_policy_parent_fn parent_of, void *parent_ctx);
 void cn_policy_destroy(struct cn_policy *p);
 
+/* What insert() and later touches left, again: a chunk that was used so often, last at last_use_s.
+ * Called with the oldest first. */
+void cn_policy_readd(struct cn_policy *p, uint32_t d, uint32_t parent, uint64_t hash, uint32_t uses,
+                     uint32_t last_use_s);
+
 /* Capacity is an estimate in chunks; ghost tables keep what they hold when it grows or shrinks. */
 void cn_policy_set_capacity(struct cn_policy *p, uint32_t capacity);
 

@@ -73,6 +73,26 @@ void cn_policy_add(struct cn_keeper *k, uint32_t d, bool orphan)
     cn_policy_set_capacity(p, capacity_in_chunks(k));
     p->ops->insert(p, d, cn_parent_of(k, d), cn_chunk_hash(k, d).h1,
                    (uint32_t)(k->realtime_ns / NS_IN_S));
+    cn_policy_save(k, d);
+}
+
+void cn_policy_save(struct cn_keeper *k, uint32_t d)
+{
+    struct cn_cold *cold = &k->catalog.cold[d];
+    cold->uses = k->nodes[d].uses; /* advisory: who reads it meanwhile may see either */
+    cn_store32_relaxed(&cold->last_use_s, k->nodes[d].last_use_s);
+}
+
+void cn_policy_restore(struct cn_keeper *k, uint32_t d)
+{
+    const struct cn_cold *cold = &k->catalog.cold[d];
+    uint16_t id;
+    uint32_t ns = cn_place_ns(k->catalog.chunks[d].place);
+    struct cn_policy *p = domain_of(k, ns, band_in_chain(k, d, false), &id);
+    if (p == NULL)
+        return;
+    k->nodes[d].domain = id;
+    cn_policy_readd(p, d, cn_parent_of(k, d), cn_chunk_hash(k, d).h1, cold->uses, cold->last_use_s);
 }
 
 void cn_policy_touch(struct cn_keeper *k, uint32_t d)
@@ -81,6 +101,7 @@ void cn_policy_touch(struct cn_keeper *k, uint32_t d)
     uint64_t hash = cn_chunk_hash(k, d).h1;
     if (k->nodes[d].queue != 0 && p != NULL)
         p->ops->touch(p, &d, &hash, 1, (uint32_t)(k->realtime_ns / NS_IN_S));
+    cn_policy_save(k, d);
 }
 
 void cn_policy_drop(struct cn_keeper *k, uint32_t d, bool evicted)

@@ -7,19 +7,29 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "cn_crash.h"
 #include "cn_keeper.h"
 
 /* ---- records -------------------------------------------------------------- */
 
-bool cn_session_may_write(const struct cn_session *s, uint32_t ns)
+bool cn_session_may_write(const struct cn_keeper *k, const struct cn_session *s, uint32_t ns)
 {
-    return s->role >= CN_ROLE_WRITER && ns != 0 && ns < CN_NAMESPACES_MAX &&
-           (s->allowed[ns / 64] >> (ns % 64) & 1) != 0;
+    return s->role >= CN_ROLE_WRITER && s->tenant != CN_TENANT_NONE && ns != 0 &&
+           ns < CN_NAMESPACES_MAX && k->catalog.namespaces[ns].word != 0 &&
+           k->catalog.namespaces[ns].tenant == s->tenant;
+}
+
+/* In the registry, so that it is known to the keeper's successor, too. */
+void cn_session_set_tenant(struct cn_keeper *k, struct cn_session *s, uint64_t tenant)
+{
+    s->tenant = tenant;
+    cn_store_relaxed(&k->catalog.registry[s->idx].tenant, tenant);
+    CN_CRASH_POINT(session_tenant);
 }
 
 static uint32_t find_for(struct cn_keeper *k, const struct cn_session *s, const struct cn_record *r)
 {
-    if (!cn_session_may_write(s, r->ns_slot)) {
+    if (!cn_session_may_write(k, s, r->ns_slot)) {
         k->count.refused++;
         return CN_NONE;
     }
@@ -60,6 +70,7 @@ static void do_nop(struct cn_session *s, const struct cn_record *r)
     s->comp[s->comp_tail % CN_COMPLETIONS] =
         (struct cn_completion){.cookie = r->cookie, .op = r->op, .value = value};
     cn_store_release(&s->head->comp_tail, ++s->comp_tail);
+    CN_CRASH_POINT(completion);
 }
 
 static void do_report(struct cn_keeper *k, const struct cn_session *s, const struct cn_record *r)
@@ -140,7 +151,10 @@ uint32_t cn_session_drain(struct cn_keeper *k, struct cn_session *s, uint32_t re
         struct cn_record record; /* copied once, then validated, then used (I4) */
         memcpy(&record, &s->sub[s->sub_head % CN_RING_RECORDS], sizeof(record));
         do_record(k, s, &record);
-        s->sub_head++;
+        CN_CRASH_POINT(record_done);
+        /* At once: a successor that saw it again would delete what was stored since. */
+        cn_store_release(&s->head->sub_head, ++s->sub_head);
+        CN_CRASH_POINT(record_head);
     }
     cn_unlink_flush(k);
     cn_stock_refill(k, s);
@@ -162,6 +176,8 @@ static void touch_chain(struct cn_keeper *k, uint32_t count)
         struct cn_policy *p = k->domains[domain];
         if (p != NULL)
             p->ops->touch(p, k->chain + from, k->chain_hash + from, to - from, now_s);
+        for (uint32_t i = from; i < to; i++)
+            cn_policy_save(k, k->chain[i]);
         from = to;
     }
 }
@@ -202,7 +218,7 @@ void cn_session_look_at_access(struct cn_keeper *k, struct cn_session *s)
 }
 
 /* Every hit is an entry of the access log, and so is the beginning of every batch. */
-static uint64_t hits_of(const struct cn_session *s)
+uint64_t cn_session_hits(const struct cn_session *s)
 {
     uint64_t entries = cn_load_relaxed(&s->head->access_tail);
     uint64_t batches = cn_load_relaxed(&s->head->batches);
@@ -220,7 +236,7 @@ static uint64_t fold(uint64_t *folded, uint64_t seen)
 void cn_session_fold(struct cn_keeper *k, struct cn_session *s)
 {
     cn_session_read_access(k, s); /* hit_bytes */
-    k->count.hits += fold(&s->hits, hits_of(s));
+    k->count.hits += fold(&s->hits, cn_session_hits(s));
     k->count.misses += fold(&s->misses, cn_load_relaxed(&s->head->misses));
 }
 
@@ -250,18 +266,31 @@ static void write_entry(struct cn_keeper *k, const struct cn_session *s,
     entry->gid = o->gid;
     entry->leases = entry->leased_bytes = entry->granted_bytes = 0;
     entry->lease_limit_bytes = o->lease_limit_bytes;
+    entry->tenant = s->tenant;
     memset(entry->label, 0, sizeof(entry->label));
     if (o->label != NULL)
         strncpy(entry->label, o->label, sizeof(entry->label) - 1);
-    cn_store_release(&entry->word, CN_SESSION_OPEN | (uint64_t)s->role << 8); /* fields first */
+    CN_CRASH_POINT(session_fields);
+    uint64_t state = o->opening != 0 ? CN_SESSION_OPENING : CN_SESSION_OPEN;
+    cn_store_release(&entry->word, state | (uint64_t)s->role << 8); /* fields first */
+    CN_CRASH_POINT(session_word);
 }
 
-static int watch(struct cn_keeper *k, int fd, uint64_t tag, uint32_t events)
+static int watch_one(struct cn_keeper *k, int fd, uint64_t tag, uint32_t events)
 {
     struct epoll_event event = {.events = events, .data = {.u64 = tag}};
     if (fd < 0 || k->epoll_fd < 0)
         return CN_OK;
     return epoll_ctl(k->epoll_fd, EPOLL_CTL_ADD, fd, &event) == 0 ? CN_OK : CN_ESYS;
+}
+
+/* Edge-triggered and never read: a client cannot make us block, nor steal a wake-up. */
+static int watch(struct cn_keeper *k, const struct cn_session *s)
+{
+    int status = watch_one(k, s->doorbell_fd, (uint64_t)s->idx << 1, EPOLLIN | EPOLLET);
+    if (status == CN_OK)
+        status = watch_one(k, s->pidfd, (uint64_t)s->idx << 1 | 1, EPOLLIN | EPOLLONESHOT);
+    return status;
 }
 
 static uint32_t free_session_idx(const struct cn_keeper *k)
@@ -272,8 +301,8 @@ static uint32_t free_session_idx(const struct cn_keeper *k)
     return CN_NONE;
 }
 
-static struct cn_session *session_new(struct cn_keeper *k, const struct cn_session_open *o,
-                                      uint32_t idx)
+struct cn_session *cn_session_new(struct cn_keeper *k, const struct cn_session_open *o,
+                                  uint32_t idx, uint64_t nonce)
 {
     struct cn_session *s = calloc(1, sizeof(*s));
     uint32_t slots = k->catalog.lease_slots;
@@ -287,7 +316,7 @@ static struct cn_session *session_new(struct cn_keeper *k, const struct cn_sessi
     s->comp = (void *)(base + cn_session_comp_off(slots));
     s->access_log = (void *)(base + cn_session_access_off(slots));
     s->segment_bytes = o->segment_bytes;
-    s->nonce = k->next_nonce++;
+    s->nonce = nonce;
     s->grant_head = CN_NONE;
     s->idx = idx;
     s->role = o->role;
@@ -295,7 +324,20 @@ static struct cn_session *session_new(struct cn_keeper *k, const struct cn_sessi
     s->liveness_fd = o->liveness_fd;
     s->doorbell_fd = o->doorbell_fd;
     s->pidfd = o->pidfd;
+    s->tenant = CN_TENANT_NONE;
+    if (watch(k, s) != CN_OK) {
+        free(s);
+        return NULL;
+    }
     return s;
+}
+
+/* In the scan set before its descriptor is sent (I3). */
+void cn_session_enter(struct cn_keeper *k, struct cn_session *s)
+{
+    k->sessions[s->idx] = s;
+    k->session_list[k->session_count++] = s->idx;
+    k->count.sessions++;
 }
 
 int cn_do_session_open(struct cn_keeper *k, void *args)
@@ -307,21 +349,13 @@ int cn_do_session_open(struct cn_keeper *k, void *args)
     uint32_t idx = free_session_idx(k);
     if (idx == CN_NONE)
         return CN_ELIMIT;
-    struct cn_session *s = session_new(k, o, idx);
+    struct cn_session *s = cn_session_new(k, o, idx, k->next_nonce);
     if (s == NULL)
         return CN_ENOMEM;
-    /* Edge-triggered and never read: a client cannot make us block, nor steal a wake-up. */
-    if (watch(k, s->doorbell_fd, (uint64_t)idx << 1, EPOLLIN | EPOLLET) != CN_OK ||
-        watch(k, s->pidfd, (uint64_t)idx << 1 | 1, EPOLLIN | EPOLLONESHOT) != CN_OK) {
-        free(s);
-        return CN_ESYS;
-    }
+    k->next_nonce++;
     write_head(s, k->catalog.lease_slots, o->lease_limit_bytes);
-    /* In the scan set before its descriptor is sent (I3). */
-    k->sessions[idx] = s;
-    k->session_list[k->session_count++] = idx;
+    cn_session_enter(k, s);
     write_entry(k, s, o);
-    k->count.sessions++;
     k->count.sessions_opened++;
     o->ret_session = idx;
     o->ret_nonce = s->nonce;
@@ -333,6 +367,17 @@ static struct cn_session *session_of(const struct cn_keeper *k, uint32_t session
 {
     struct cn_session *s = session < CN_SESSIONS_MAX ? k->sessions[session] : NULL;
     return s != NULL && s->nonce == nonce ? s : NULL;
+}
+
+int cn_do_session_confirm(struct cn_keeper *k, void *args)
+{
+    const struct cn_hint_args *confirm = args;
+    struct cn_session *s = session_of(k, confirm->session, confirm->nonce);
+    if (s == NULL)
+        return CN_EMISS;
+    cn_store_release(&k->catalog.registry[s->idx].word, CN_SESSION_OPEN | (uint64_t)s->role << 8);
+    CN_CRASH_POINT(session_open);
+    return CN_OK;
 }
 
 int cn_do_session_demote(struct cn_keeper *k, void *args)
@@ -349,7 +394,6 @@ int cn_do_session_demote(struct cn_keeper *k, void *args)
     cn_store_release(&k->catalog.registry[s->idx].word, CN_SESSION_OPEN | (uint64_t)s->role << 8);
     if (s->role >= CN_ROLE_WRITER)
         return CN_OK;
-    memset(s->allowed, 0, sizeof(s->allowed));
     cn_session_revoke_stock(k, s);
     return CN_OK;
 }
@@ -382,6 +426,22 @@ static void unwatch(struct cn_keeper *k, int fd)
     close(fd);
 }
 
+/* Out of this process; in the catalog, and for a successor, it goes on. */
+void cn_session_forget(struct cn_keeper *k, struct cn_session *s)
+{
+    for (uint32_t i = 0; i < k->session_count; i++)
+        if (k->session_list[i] == s->idx)
+            k->session_list[i] = k->session_list[--k->session_count];
+    k->sessions[s->idx] = NULL;
+    if (s->liveness_fd >= 0) {
+        munmap(s->head, s->segment_bytes);
+        close(s->liveness_fd);
+    }
+    unwatch(k, s->doorbell_fd);
+    unwatch(k, s->pidfd);
+    free(s);
+}
+
 void cn_session_end(struct cn_keeper *k, struct cn_session *s)
 {
     /* Whole records it left behind count; half a record is not in the ring yet. */
@@ -393,19 +453,11 @@ void cn_session_end(struct cn_keeper *k, struct cn_session *s)
     }
     cn_session_fold(k, s);
     k->count.sessions_died += process_gone(s);
+    CN_CRASH_POINT(session_emptied);
     cn_store_release(&k->catalog.registry[s->idx].word, CN_SESSION_FREE);
-    for (uint32_t i = 0; i < k->session_count; i++)
-        if (k->session_list[i] == s->idx)
-            k->session_list[i] = k->session_list[--k->session_count];
-    k->sessions[s->idx] = NULL;
+    CN_CRASH_POINT(session_free);
+    cn_session_forget(k, s);
     k->count.sessions--;
-    if (s->liveness_fd >= 0)
-        munmap(s->head, s->segment_bytes);
-    if (s->liveness_fd >= 0)
-        close(s->liveness_fd);
-    unwatch(k, s->doorbell_fd);
-    unwatch(k, s->pidfd);
-    free(s);
     cn_limbo_look(k); /* its leases are gone */
 }
 
@@ -414,7 +466,7 @@ static void fill_info(struct cn_keeper *k, struct cn_session *s, struct cn_sessi
     *ret = (struct cn_session_info){
         .nonce = s->nonce,
         .granted_bytes = s->granted_bytes,
-        .hits = hits_of(s),
+        .hits = cn_session_hits(s),
         .misses = cn_load_relaxed(&s->head->misses),
         .lease_refused = cn_load_relaxed(&s->head->lease_refused),
         .state = s->broken ? CN_SESSION_DYING : CN_SESSION_OPEN,

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Extents granted in advance, so that a put asks nobody. Limited, and revocable while unused. */
+#include "cn_crash.h"
 #include "cn_keeper.h"
 
 static uint32_t row_fill(const struct cn_session *s, uint32_t row)
@@ -77,6 +78,7 @@ static void row_refill(struct cn_keeper *k, struct cn_session *s, uint32_t row, 
         if (status != CN_OK)
             return;
         cn_store_release(&s->stock[row].slot[i], ref);
+        CN_CRASH_POINT(grant_slot);
         state->filled = ++filled;
     }
 }
@@ -94,6 +96,7 @@ static uint32_t row_for(struct cn_keeper *k, struct cn_session *s, uint64_t exte
     row_revoke(k, s, oldest);
     s->rows[oldest] = (struct cn_row_state){.extent_bytes = extent_bytes};
     cn_store_release(&s->stock[oldest].extent_bytes, extent_bytes);
+    CN_CRASH_POINT(stock_row);
     return oldest;
 }
 

@@ -88,7 +88,7 @@ static void a_demoted_session_opens_no_namespace(void)
                                    .session_nonce = s.nonce};
     CHECK_EQ(cn_keeper_session_demote(bed.keeper, s.session, s.nonce, CN_ROLE_READER), CN_OK);
     CHECK_EQ(cn_keeper_namespace_open(bed.keeper, &ns), CN_OK);
-    CHECK(!cn_session_may_write(bed.keeper->sessions[s.session], ns.ret_slot));
+    CHECK(!cn_session_may_write(bed.keeper, bed.keeper->sessions[s.session], ns.ret_slot));
     CHECK_EQ(cn_keeper_session_demote(bed.keeper, s.session, s.nonce, CN_ROLE_ADMIN), CN_OK);
     CHECK_EQ(bed.keeper->sessions[s.session]->role, CN_ROLE_READER);
     bed_kill(&bed, &s);
@@ -118,7 +118,7 @@ static void whom_it_does_not_mean_stays(void)
     CHECK_EQ(cn_keeper_session_demote(k, s.session, s.nonce, 0), CN_EINVAL);
     CHECK_EQ(cn_keeper_session_demote(k, s.session, s.nonce, CN_ROLE_ADMIN + 1), CN_EINVAL);
     CHECK_EQ(k->sessions[s.session]->role, CN_ROLE_WRITER);
-    CHECK(cn_session_may_write(k->sessions[s.session], bed.ns));
+    CHECK(cn_session_may_write(k, k->sessions[s.session], bed.ns));
     bed_kill(&bed, &s);
     bed_close(&bed);
 }
