@@ -153,7 +153,8 @@ int cn_keeper_step(struct cn_keeper *keeper);
 
 /* Each of these runs on the keeper's thread and waits for it. */
 int cn_keeper_session_open(struct cn_keeper *keeper, struct cn_session_open *args);
-/* It is in custody: from now on a successor must have it, too (I7). CN_EMISS: it has ended. */
+/* It is in custody: from now on a successor must have it, too (I7). Or its client came back: its
+ * lock is not looked at until the next hint. CN_EMISS: it has ended. */
 int cn_keeper_session_confirm(struct cn_keeper *keeper, uint32_t session, uint64_t nonce);
 /* A hint to look: the socket closed. The session ends on proof of death only (I6). */
 int cn_keeper_session_hint(struct cn_keeper *keeper, uint32_t session, uint64_t nonce);
@@ -256,6 +257,10 @@ int cn_lease_ref(struct cn_client *client, uint64_t ref, uint64_t key_head,
 /* Exactly once a view (I3). Does nothing in a forked child. Any thread, takes no lock. */
 void cn_release(struct cn_client *client, uint32_t slot);
 void cn_release_many(struct cn_client *client, const struct cn_view *views, uint32_t count);
+/* Before the first use of a view with CN_CF_UNVERIFIED (I9): check the bytes, once for each chunk.
+ * CN_EMISS: they are not what was committed; the lease is released and counted as a miss. Reads the
+ * whole chunk: give up the GIL. */
+int cn_view_admit(struct cn_client *client, const struct cn_view *view);
 /* The caller's metadata behind a leased chunk; *ret_bytes 0 when there is none. */
 int cn_view_meta(const struct cn_client *client, const struct cn_view *view, const void **ret_meta,
                  uint32_t *ret_bytes);

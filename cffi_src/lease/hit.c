@@ -130,8 +130,18 @@ static PyObject *wrap(Client *self, const struct cn_view *view)
     return (PyObject *)lease;
 }
 
+/* After a dirty start a chunk is checked before its first use (I9). */
+static int admit(Client *self, const struct cn_view *view)
+{
+    int status;
+    Py_BEGIN_ALLOW_THREADS status = cn_view_admit(self->client, view);
+    Py_END_ALLOW_THREADS return status;
+}
+
 static PyObject *wrap_status(Client *self, int status, const struct cn_view *view)
 {
+    if (status == CN_OK && (view->flags & CN_CF_UNVERIFIED) != 0)
+        status = admit(self, view);
     if (status == CN_OK)
         return wrap(self, view);
     if (status == CN_EMISS || status == CN_ELEASES)
@@ -179,6 +189,18 @@ static PyObject *client_match(PyObject *object, PyObject *const *args, Py_ssize_
     return status == CN_OK ? PyLong_FromUnsignedLong(count) : cn_raise_status(status);
 }
 
+/* How many of the views, from the first on, may be used; the leases of the others are released. */
+static uint32_t admit_prefix(Client *self, const struct cn_view *views, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        if ((views[i].flags & CN_CF_UNVERIFIED) == 0 || admit(self, &views[i]) == CN_OK)
+            continue;
+        cn_release_many(self->client, views + i + 1, count - i - 1);
+        return i;
+    }
+    return count;
+}
+
 /* The longest present prefix, leased; views are the caller's to free. NULL with an exception
  * set. */
 static struct cn_view *lease_prefix(Client *self, uint32_t slot, PyObject *object,
@@ -193,8 +215,10 @@ static struct cn_view *lease_prefix(Client *self, uint32_t slot, PyObject *objec
         status =
             cn_lease_many(self->client, slot, keys.bytes, (uint32_t)keys.count, views, ret_count);
     keys_close(&keys);
-    if (status == CN_OK)
+    if (status == CN_OK) {
+        *ret_count = admit_prefix(self, views, *ret_count);
         return views;
+    }
     PyMem_Free(views);
     if (status == CN_ENOMEM)
         PyErr_NoMemory();

@@ -72,6 +72,7 @@ static uint64_t fold_catalog(uint64_t print)
     FIELD(cn_session_entry, granted_bytes);
     FIELD(cn_session_entry, lease_limit_bytes);
     FIELD(cn_session_entry, label);
+    FIELD(cn_session_entry, tenant);
     return print;
 }
 

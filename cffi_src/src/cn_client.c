@@ -101,7 +101,9 @@ static int open_private(struct cn_client *c, int doorbell_fd, int *ret_errno)
 {
     c->slot_next = calloc(c->lease_slots, sizeof(*c->slot_next));
     c->slot_bytes = calloc(c->lease_slots, sizeof(*c->slot_bytes));
-    if (c->slot_next == NULL || c->slot_bytes == NULL)
+    /* fresh mappings: what is never touched, as after a clean start, costs no memory */
+    c->checked = calloc(c->catalog.chunk_count, sizeof(*c->checked));
+    if (c->slot_next == NULL || c->slot_bytes == NULL || c->checked == NULL)
         return CN_ENOMEM;
     cn_slots_init(c);
     int fd = fcntl(doorbell_fd, F_DUPFD_CLOEXEC, 0);
@@ -164,6 +166,7 @@ void cn_client_detach(struct cn_client *c)
         close(c->doorbell_fd);
     free(c->slot_next);
     free(c->slot_bytes);
+    free(c->checked);
     pthread_mutex_destroy(&c->sub_lock);
     pthread_mutex_destroy(&c->op_lock);
     free(c);

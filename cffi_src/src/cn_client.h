@@ -33,6 +33,7 @@ struct cn_client {
 
     uint32_t *slot_next;  /* private: the free list's links */
     uint64_t *slot_bytes; /* private: what each slot holds */
+    uint32_t *checked;    /* private: generation of each chunk that this process has checked */
     uint64_t *access_log;
     struct cn_stock_row *stock;
     struct cn_record *sub;

@@ -5,6 +5,7 @@
  *   cn_keeper.c    the thread: rounds of work, sleep, life
  *   cn_command.c   what the control thread asks for
  *   cn_session.c   sessions: open, drain rings, death
+ *   cn_access.c    what sessions used
  *   cn_stock.c     extents granted in advance
  *   cn_change.c    catalog changes, each in the store order of docs/architecture.md
  *   cn_move.c      a chunk to another extent

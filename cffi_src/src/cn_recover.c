@@ -349,7 +349,7 @@ static int restore_queues(struct takeover *t)
 {
     struct cn_keeper *k = t->k;
     uint32_t count = 0;
-    struct used *used = malloc(2 * ((size_t)k->count.live_chunks + 1) * sizeof(*used));
+    struct used *used = calloc(2 * ((size_t)k->count.live_chunks + 1), sizeof(*used));
     if (used == NULL)
         return CN_ENOMEM;
     struct used *spare = used + k->count.live_chunks + 1;

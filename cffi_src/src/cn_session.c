@@ -152,92 +152,17 @@ uint32_t cn_session_drain(struct cn_keeper *k, struct cn_session *s, uint32_t re
         memcpy(&record, &s->sub[s->sub_head % CN_RING_RECORDS], sizeof(record));
         do_record(k, s, &record);
         CN_CRASH_POINT(record_done);
-        /* At once: a successor that saw it again would delete what was stored since. */
-        cn_store_release(&s->head->sub_head, ++s->sub_head);
+        s->sub_head++;
+        if (record.op != CN_OP_DELETE)
+            continue; /* seen again by a successor, it does nothing more (I5) */
+        /* At once: seen again it would delete what was stored under its key since. */
+        cn_store_release(&s->head->sub_head, s->sub_head);
         CN_CRASH_POINT(record_head);
     }
     cn_unlink_flush(k);
     cn_stock_refill(k, s);
     cn_session_publish(k, s, true);
     return n;
-}
-
-/* ---- recency -------------------------------------------------------------- */
-
-/* One chain, root first; entries of other domains break it. */
-static void touch_chain(struct cn_keeper *k, uint32_t count)
-{
-    uint32_t now_s = (uint32_t)(k->realtime_ns / 1000000000ull);
-    for (uint32_t from = 0; from < count;) {
-        uint16_t domain = k->nodes[k->chain[from]].domain;
-        uint32_t to = from + 1;
-        while (to < count && k->nodes[k->chain[to]].domain == domain)
-            to++;
-        struct cn_policy *p = k->domains[domain];
-        if (p != NULL)
-            p->ops->touch(p, k->chain + from, k->chain_hash + from, to - from, now_s);
-        for (uint32_t i = from; i < to; i++)
-            cn_policy_save(k, k->chain[i]);
-        from = to;
-    }
-}
-
-void cn_session_read_access(struct cn_keeper *k, struct cn_session *s)
-{
-    uint64_t tail = cn_load_acquire(&s->head->access_tail);
-    uint64_t pending = tail - s->access_head;
-    if (pending == 0)
-        return;
-    if (pending > CN_ACCESS_SLOTS) {
-        k->count.access_lost += pending - CN_ACCESS_SLOTS;
-        s->access_head = tail - CN_ACCESS_SLOTS;
-    }
-    uint32_t count = 0;
-    for (; s->access_head != tail; s->access_head++) {
-        uint64_t ref = cn_load_relaxed(&s->access_log[s->access_head % CN_ACCESS_SLOTS]);
-        uint32_t d = cn_live_of(k, ref);
-        if (ref == 0) {
-            touch_chain(k, count);
-            count = 0;
-        } else if (d != CN_NONE && k->nodes[d].queue != 0) {
-            k->count.hit_bytes += (uint32_t)k->catalog.chunks[d].size_crc;
-            k->chain[count] = d;
-            k->chain_hash[count++] = cn_chunk_hash(k, d).h1;
-        }
-    }
-    touch_chain(k, count);
-}
-
-void cn_session_look_at_access(struct cn_keeper *k, struct cn_session *s)
-{
-    uint64_t pending = cn_load_relaxed(&s->head->access_tail) - s->access_head;
-    if (pending < CN_ACCESS_SLOTS / 2 || k->monotonic_ns - s->access_read_ns < CN_ACCESS_READ_NS)
-        return;
-    s->access_read_ns = k->monotonic_ns;
-    cn_session_read_access(k, s);
-}
-
-/* Every hit is an entry of the access log, and so is the beginning of every batch. */
-uint64_t cn_session_hits(const struct cn_session *s)
-{
-    uint64_t entries = cn_load_relaxed(&s->head->access_tail);
-    uint64_t batches = cn_load_relaxed(&s->head->batches);
-    return entries > batches ? entries - batches : 0;
-}
-
-/* A client's own counters; numbers that shrink are not believed. */
-static uint64_t fold(uint64_t *folded, uint64_t seen)
-{
-    uint64_t more = seen > *folded ? seen - *folded : 0;
-    *folded = seen;
-    return more;
-}
-
-void cn_session_fold(struct cn_keeper *k, struct cn_session *s)
-{
-    cn_session_read_access(k, s); /* hit_bytes */
-    k->count.hits += fold(&s->hits, cn_session_hits(s));
-    k->count.misses += fold(&s->misses, cn_load_relaxed(&s->head->misses));
 }
 
 /* ---- open and end --------------------------------------------------------- */
@@ -375,6 +300,7 @@ int cn_do_session_confirm(struct cn_keeper *k, void *args)
     struct cn_session *s = session_of(k, confirm->session, confirm->nonce);
     if (s == NULL)
         return CN_EMISS;
+    s->death_check_ns = 0; /* its client was just heard of */
     cn_store_release(&k->catalog.registry[s->idx].word, CN_SESSION_OPEN | (uint64_t)s->role << 8);
     CN_CRASH_POINT(session_open);
     return CN_OK;

@@ -50,3 +50,19 @@ int cn_view_verify(const struct cn_client *c, const struct cn_view *view)
         return CN_ELOST;
     return crc == recorded ? CN_OK : CN_ELOST;
 }
+
+int cn_view_admit(struct cn_client *c, const struct cn_view *view)
+{
+    uint32_t d = cn_ref_d(view->ref);
+    if (d >= c->catalog.chunk_count)
+        return CN_EINVAL;
+    if (cn_load32_relaxed(&c->checked[d]) == cn_ref_gen(view->ref))
+        return CN_OK;
+    if (cn_view_verify(c, view) == CN_ELOST) {
+        cn_release(c, view->slot);
+        cn_store_relaxed(&c->head->misses, cn_load_relaxed(&c->head->misses) + 1);
+        return CN_EMISS;
+    }
+    cn_store32_relaxed(&c->checked[d], cn_ref_gen(view->ref));
+    return CN_OK;
+}

@@ -421,6 +421,50 @@ static void crash_after_retirement(void)
     end_world(&c);
 }
 
+/* A key is deleted and stored again by one batch of records; the keeper dies behind the second, when
+ * the ring's head is not stored yet. */
+static void delete_and_store(struct custody *c)
+{
+    struct bed *bed = &c->bed;
+    struct cn_keeper_config config = bed_config("use-count");
+    CHECK_EQ(
+        cn_keeper_create(bed->catalog, bed->catalog_bytes, &bed->region, &config, &bed->keeper),
+        CN_OK);
+    struct bed_session s = enter(c, 0, CN_ROLE_WRITER);
+    bed->ns = open_ns(bed, &s, 7, "", 0);
+    CHECK_EQ(bed_put(bed, s.client, 5, 65536, NULL), CN_OK);
+    bed_settle(bed);
+    struct cn_record record = {.op = CN_OP_DELETE, .ns_slot = (uint16_t)bed->ns};
+    struct bed_key key = bed_key(5);
+    memcpy(record.key, key.bytes, CN_KEY_BYTES);
+    struct cn_grant grant;
+    CHECK_EQ(cn_reserve(s.client, 65536, 0, 0, &grant), CN_OK);
+    CHECK_EQ(cn_submit(s.client, &record, 0), CN_OK);
+    struct cn_put put = {.ref = grant.ref,
+                         .key = key.bytes,
+                         .data_bytes = 65536,
+                         .ns_slot = bed->ns,
+                         .position = CN_POSITION_UNKNOWN};
+    CHECK_EQ(cn_commit(s.client, &put, 0), CN_OK);
+    aim("record_done", 2);
+    bed_settle(bed);
+}
+
+static void a_deletion_is_not_repeated(void)
+{
+    struct custody c = make_world();
+    struct cn_recovery found;
+    struct bed_key key = bed_key(5);
+    uint32_t d;
+    aim("nowhere", 1);
+    CHECK_EQ(in_child(&c, delete_and_store), CRASHED);
+    CHECK_EQ(take_over(&c, &found), CN_OK);
+    bed_settle(&c.bed);
+    CHECK_EQ(cn_find(c.bed.catalog, c.bed.ns, key.bytes, &d), CN_OK);
+    bed_audit(&c.bed);
+    end_world(&c);
+}
+
 /* At so many of the times that the scenario passes the point. */
 static uint32_t crash_here(const struct aim *point, uint32_t rounds)
 {
@@ -461,6 +505,8 @@ int main(int argc, char **argv)
         else
             runs += crash_here(&aims[i], rounds);
     }
+    if (!list)
+        a_deletion_is_not_repeated();
     for (uint32_t i = 0; i < POINTS_MAX && covered[i][0] != 0; i++)
         printf("covered %s\n", covered[i]);
     if (!list)
