@@ -239,6 +239,30 @@ void pool_end_session(uint32_t client)
     pool_step();
 }
 
+void pool_take_over(void)
+{
+    struct cn_adopt_session sessions[POOL_CLIENTS];
+    struct cn_keeper_config config = {.high_water = 1, .low_water = 1, .policy = "lru"};
+    struct cn_recovery found;
+    struct cn_super *super = pool.client[0]->catalog.super;
+    void *region = pool.region;
+    uint32_t count = 0;
+    for (; count < POOL_CLIENTS && pool.client[count] != NULL; count++)
+        sessions[count] =
+            (struct cn_adopt_session){.segment = pool.client[count]->head,
+                                      .segment_bytes = cn_session_segment_bytes(super->lease_slots),
+                                      .nonce = pool.nonce[count],
+                                      .session = pool.session[count],
+                                      .liveness_fd = -1,
+                                      .doorbell_fd = -1,
+                                      .pidfd = -1};
+    int status = cn_keeper_adopt(super, super->catalog_bytes, &region, &config, sessions, count,
+                                 &found, &pool.keeper);
+    MODEL_CHECK(status == CN_OK, "a takeover ends with status %d", status);
+    for (uint32_t i = 0; i < count; i++) /* without a lock each would count as dead */
+        pool.keeper->sessions[pool.session[i]]->death_check_ns = 0;
+}
+
 void pool_finish(void)
 {
     const struct cn_keeper *k = pool.keeper;

@@ -43,6 +43,8 @@ void pool_step(void);
 void pool_settle(void);
 /* The process is gone: no access of it comes any more. */
 void pool_end_session(uint32_t client);
+/* The keeper is dead: another one takes its place, with every session (I7). */
+void pool_take_over(void);
 /* Every session ends; then nothing is leased or granted, and all tables agree. */
 void pool_finish(void);
 

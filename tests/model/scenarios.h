@@ -22,4 +22,10 @@ void nothing_is_left(void);
 extern const struct scenario lease_move, token_move, both_move;
 extern const struct scenario lease_clear, token_clear;
 
+/* ---- scenarios_restart.c -------------------------------------------------- */
+
+extern const struct scenario restart_dying_word, restart_dying_index, restart_dying_scanned;
+extern const struct scenario restart_free_word, restart_grant_word, restart_commit_live;
+extern const struct scenario restart_commit_index, restart_writer, restart_anywhere;
+
 #endif

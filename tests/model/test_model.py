@@ -26,6 +26,8 @@ PLANTS: Final = (
     "no-doorbell-fence",
     "no-sleep-fence",
     "no-waiter-fence",
+    "forget-dying",
+    "forget-granted",
 )
 
 pytestmark = [
