@@ -18,11 +18,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from cenote.shm import identity, paths, session, wire
+from cenote.shm.messages import Resume
 
 from . import errors
 
@@ -63,6 +64,7 @@ class Target:
     role: str | None
     label: str
     timeout_s: float
+    resume: Resume | None = None
 
 
 class Attached(Protocol):
@@ -73,6 +75,12 @@ class Attached(Protocol):
 
     def _rings(self) -> bool:
         """Has its session a doorbell still?"""
+
+    def _resumable(self) -> Resume | None:
+        """The session that it would go on with, if the next daemon has it."""
+
+    def _resume(self, channel: Any) -> None:
+        """The daemon that is there now has this session still."""
 
     def _adopt(self, welcome: session.Welcome, mapping: session.Mapping, channel: Any) -> None:
         """A daemon is there again; use what it gave. May raise: then it is tried again."""
@@ -128,9 +136,10 @@ def _unfound(candidates: tuple[paths.Candidate, ...]) -> str:
     )
 
 
-def dial(target: Target) -> tuple[wire.Channel, session.Welcome, session.Mapping]:
+def dial(target: Target) -> tuple[wire.Channel, session.Welcome, session.Mapping | None]:
     """
-    Connect, say hello, map the pool; in *timeout_s* altogether.
+    Connect, say hello, map the pool; in *timeout_s* altogether. Without a mapping where the
+    session of target.resume goes on.
 
     Raises:
         PoolGone: Nobody listens.
@@ -141,10 +150,18 @@ def dial(target: Target) -> tuple[wire.Channel, session.Welcome, session.Mapping
     channel = wire.Channel(_connected_socket(target))
     try:
         welcome, descriptors = _hello(channel, target, deadline_s)
+        if welcome.resumed:
+            _check_resumed(welcome, target)
+            return channel, welcome, None
         return channel, welcome, session.attach(welcome, descriptors)
     except BaseException:
         channel.close()
         raise
+
+
+def _check_resumed(welcome: session.Welcome, target: Target) -> None:
+    if welcome.as_resume != target.resume:
+        raise errors.ProtocolError("the daemon went on with a session that was not asked for")
 
 
 def _connected_socket(target: Target) -> socket.socket:
@@ -177,7 +194,7 @@ def _connected_socket(target: Target) -> socket.socket:
 def _hello(
     channel: wire.Channel, target: Target, deadline_s: float
 ) -> tuple[session.Welcome, dict[str, int]]:
-    hello = session.new_hello(_client_name(), target.role, target.label)
+    hello = session.new_hello(_client_name(), target.role, target.label, target.resume)
     pidfd = identity.own_pidfd()
     try:
         reply = channel.request(
@@ -428,18 +445,25 @@ class Link:
         return False
 
     def _reattach(self) -> bool:
-        channel, welcome, mapping = dial(self._target)
+        pool = self._pool()
+        target = replace(self._target, resume=pool._resumable() if pool is not None else None)
+        del pool  # it may be forgotten while we wait
+        channel, welcome, mapping = dial(target)
         pool = self._pool()
         if pool is None or self._stop.is_set():
             channel.close()
             return False
         self._bell.silence()
         try:
-            pool._adopt(welcome, mapping, channel)
+            if mapping is None:
+                pool._resume(channel)
+            else:
+                pool._adopt(welcome, mapping, channel)
         except BaseException:
             channel.close()
             raise
-        log.info("reconnected to pool %r on %s", welcome.pool, self._target.path)
+        what = "its session goes on" if welcome.resumed else "with a new session"
+        log.info("reconnected to pool %r on %s: %s", welcome.pool, self._target.path, what)
         return True
 
     def install(self, channel: wire.Channel) -> None:

@@ -33,6 +33,7 @@ from .namespace import CALL_TIMEOUT_S, Binding, Cache
 from .put import Put
 
 if TYPE_CHECKING:
+    from cenote.shm.messages import Resume
     from cenote.shm.wire import Channel
 
 CONNECT_TIMEOUT_S: Final = 2.0
@@ -351,6 +352,22 @@ class Pool:
     def _rings(self) -> bool:
         return self._attachment.handle.rings
 
+    def _resumable(self) -> Resume | None:
+        return self._attachment.welcome.as_resume if self._rings() else None
+
+    def _resume(self, channel: Channel) -> None:
+        """The next daemon took the pool over, and this session with it: all goes on as it was."""
+        link = self._link
+        if not isinstance(link, _connection.Link):
+            raise ProtocolError("only a socket can reconnect")
+        with self._lock:
+            if self._closed:
+                channel.close()
+                return
+            link.install(channel)
+            self._attachment.connected = True
+            self.reconnects += 1
+
     def _adopt(self, welcome: Welcome, mapping: SessionMapping, channel: Channel) -> None:
         """Change over to a new attachment: namespaces first, so that none is without one."""
         link = self._link
@@ -468,6 +485,7 @@ def connect(
     path = _connection.candidate_or_raise(socket)
     target = _connection.Target(path, role, _label() if label is None else label, timeout_s)
     channel, welcome, mapping = _connection.dial(target)
+    assert mapping is not None  # nothing to resume was named
     pool = Pool(welcome, mapping)
     backoff = _connection.Backoff() if reconnect is True else reconnect or None
     link = _connection.Link(target, channel, pool, backoff)

@@ -105,7 +105,9 @@ def _flags() -> Iterator[str]:
         written = f"--{flag.name} {flag.metavar}".strip()
         value = f"={flag.constant}" if flag.constant else ""
         yield f"| `{written}` | `{flag.variable}{value}` | `{sets}` `{flag.key}` | {flag.help} |"
-    yield "| `--reformat` | | | accepted; changes nothing yet, as every stop drops the pool |"
+    yield "| `--reformat` | | | begin with empty pools, whatever is there |"
+    yield "| `--take-over` | | | kill a daemon that serves these pools, and go on in its place |"
+    yield "| `--drop` | | | free what is left of these pools, then exit |"
     yield "| `--check` | | | validates and prints the configuration, then exits |"
     yield "| `--version` | | | prints the version |"
 

@@ -104,6 +104,8 @@ class Startup:
     config_file: Path | None
     reformat: bool
     check: bool
+    take_over: bool = False
+    drop: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,15 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reformat",
         action="store_true",
-        help="changes nothing yet: every start makes an empty pool",
+        help="begin with empty pools, whatever is there",
+    )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="kill a daemon that serves these pools, and go on in its place",
+    )
+    parser.add_argument(
+        "--drop", action="store_true", help="free what is left of these pools, then exit"
     )
     parser.add_argument(
         "--check", action="store_true", help="validate and print the configuration, then exit"
@@ -172,7 +182,14 @@ def load(argv: Sequence[str], host: Host | None = None) -> Startup:
         raise ConfigError([*problems, *error.problems]) from None
     if problems:
         raise ConfigError(problems)
-    return Startup(config, config_file, arguments.reformat, arguments.check)
+    return Startup(
+        config,
+        config_file,
+        arguments.reformat,
+        arguments.check,
+        arguments.take_over,
+        arguments.drop,
+    )
 
 
 def _config_file(argument: str | None, host: Host) -> Path | None:

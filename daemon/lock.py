@@ -2,9 +2,13 @@
 """
 One daemon a pool: the lock, a file beside the pool's socket.
 
-It is never the catalog or anything that a client has a descriptor of: any reader could hold a lock
-on that. The kernel drops it with the process, so it cannot be stale; the socket file can, and is
-removed only by who holds the lock.
+A pool is taken over only from a dead daemon: no token in shared memory could stop a store that is
+already decided. One that is stopped (SIGSTOP, a debugger) is killed through its pidfd; one that
+runs is left alone, and we refuse, unless we were told to take its place.
+
+The lock is never the catalog or anything that a client has a descriptor of: any reader could hold
+a lock on that. The kernel drops it with the process, so it cannot be stale; the socket file can,
+and is removed only by who holds the lock.
 """
 
 from __future__ import annotations
@@ -13,17 +17,25 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
+import signal
 import socket
 import stat
 from pathlib import Path
 from typing import Final
 
 from cenote.shm.errors import CenoteError
+from cenote.shm.identity import start_ns
+
+from .logs import get_log
 
 LOCK_SUFFIX: Final = ".lock"
 NOTE_MAX_BYTES: Final = 64
 ATTEMPTS: Final = 16  # each lost to a daemon that removed its lock file as it stopped
 PROBE_S: Final = 1.0
+EXIT_S: Final = 30.0  # the exit of a process with 64 GiB mapped takes a second
+
+log = get_log(__name__)
 
 
 class PoolTaken(CenoteError):
@@ -39,23 +51,26 @@ class PoolLock:
         OSError: The directory cannot be written to.
     """
 
-    def __init__(self, pool: str, socket_path: Path) -> None:
+    def __init__(self, pool: str, socket_path: Path, *, take_over: bool = False) -> None:
         self._pool = pool
+        self._take_over = take_over
         self._socket_path = socket_path
         self.path = socket_path.with_name(socket_path.name + LOCK_SUFFIX)
         self._fd = -1
         self.predecessor = 0  # pid of a daemon that died without releasing the lock, or 0
 
     def acquire(self) -> None:
-        """Take the lock, or raise; then note our pid in the file, for the message to others."""
+        """Take the lock, or raise; then note who we are in the file, for others."""
         for _ in range(ATTEMPTS):
             fd = self._open()
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = _noted_pid(fd)
-                os.close(fd)
-                raise self._taken(holder) from None
+                try:
+                    self._fence(fd)
+                finally:
+                    os.close(fd)
+                continue
             if self._is_current(fd):
                 break
             os.close(fd)
@@ -65,9 +80,38 @@ class PoolLock:
                 "start and stop at once. Start one of them"
             )
         self._fd = fd
-        self.predecessor = _noted_pid(fd)
+        self.predecessor = _noted(fd)[0]
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(fd, f"{os.getpid()} {start_ns(os.getpid())}\n".encode(), 0)
+
+    def _fence(self, fd: int) -> None:
+        """
+        See to it that the holder of the lock is dead when this returns.
+
+        Raises:
+            PoolTaken: It runs, or it may not be killed.
+        """
+        pid, started_ns = _noted(fd)
+        if pid <= 0 or not (self._take_over or _is_stopped(pid)):
+            raise self._taken(pid)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            return  # it ended meanwhile
+        try:
+            # Its number before the pidfd was opened, and still: it is the same process.
+            if start_ns(pid) != started_ns or _noted(fd) != (pid, started_ns):
+                raise self._taken(pid)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            log.warning("predecessor_killed", pool=self._pool, pid=pid)
+            if not select.select([pidfd], [], [], EXIT_S)[0]:
+                raise self._taken(pid)
+        except PermissionError as error:
+            raise self._taken(pid) from error
+        except ProcessLookupError:
+            return
+        finally:
+            os.close(pidfd)
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -94,7 +138,7 @@ class PoolLock:
         stop = f"`kill {holder}`" if holder else f"see `fuser {self.path}`"
         return PoolTaken(
             f"pool {self._pool!r} at {self._socket_path} is served by {who}: stop it first "
-            f"({stop}), or choose another --socket"
+            f"({stop}), take its place with --take-over, or choose another --socket"
         )
 
     def _is_current(self, fd: int) -> bool:
@@ -138,9 +182,21 @@ class PoolLock:
         os.close(fd)
 
 
-def _noted_pid(fd: int) -> int:
-    text = os.pread(fd, NOTE_MAX_BYTES, 0).strip()
-    return int(text) if text.isdigit() and len(text) < 10 else 0
+def _noted(fd: int) -> tuple[int, int]:
+    """Return pid and start time of who wrote the note; zeros when it says neither."""
+    words = os.pread(fd, NOTE_MAX_BYTES, 0).split()
+    if len(words) != 2 or not all(word.isdigit() for word in words) or len(words[0]) > 9:
+        return 0, 0
+    return int(words[0]), int(words[1])
+
+
+def _is_stopped(pid: int, proc: Path = Path("/proc")) -> bool:
+    """Is it stopped, so that it does nothing more until somebody lets it?"""
+    try:
+        stat_line = (proc / str(pid) / "stat").read_bytes()
+        return stat_line[stat_line.rindex(b")") + 2 :][:1] in (b"T", b"t")
+    except (OSError, ValueError):
+        return False
 
 
 def _somebody_listens(path: Path) -> bool:

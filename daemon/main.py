@@ -23,10 +23,12 @@ from typing import Final
 from cenote.shm import media
 from cenote.shm.errors import CenoteError
 from cenote.shm.paths import SOCKET_ENV, PathError
+from cenote.shm.takeover import OtherLayout
 
 from . import config_reload, config_sources, logs, systemd
 from .config import ConfigError, DaemonConfig
 from .config_host import SaltError
+from .custody import log_unclaimed
 from .pools import PoolChange, ServedPool
 
 PR_SET_DUMPABLE: Final = 4
@@ -54,6 +56,7 @@ class Daemon:
 
     def __init__(self, argv: Sequence[str], startup: config_sources.Startup) -> None:
         self._argv = argv
+        self._startup = startup
         self._config = startup.config
         self._pools: list[ServedPool] = []
         self._done: asyncio.Event | None = None
@@ -69,19 +72,21 @@ class Daemon:
             CenoteError, PathError, SaltError, OSError: Call drop().
         """
         for pool in self._config.pools:
-            served = ServedPool(self._config, pool)
+            served = ServedPool(self._config, pool, by_force=self._startup.take_over)
             self._pools.append(served)
             served.claim()
-        media.check_rooms([want for pool in self._pools for want in pool.spec.wants()])
-        for served in self._pools:
+        anew = [s for s in self._pools if not s.take_over(reformat=self._startup.reformat)]
+        log_unclaimed(pool.name for pool in self._config.pools)
+        media.check_rooms([want for pool in anew for want in pool.spec.wants()])
+        for served in anew:
             total = sum(bytes_ for _, bytes_ in served.spec.wants())
             with media.terminal_progress(f"pool {served.name}", total) as progress:
                 served.make(progress)
 
     def drop(self) -> None:
-        """Unlink what a start that failed, or was stopped, left. Idempotent."""
+        """Let go of all pools: of a start that failed, or was stopped. Idempotent."""
         for served in self._pools:
-            served.drop()
+            served.drop(keep=True)
 
     async def run(self) -> int:
         """Serve until a signal, or until the last pool was destroyed."""
@@ -236,7 +241,21 @@ def _stop_signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _drop(startup: config_sources.Startup) -> int:
+    """Free what daemons that are not there any more left of the configured pools."""
+    for pool in startup.config.pools:
+        served = ServedPool(startup.config, pool, by_force=startup.take_over)
+        served.claim()
+        try:
+            served.forget_everything()
+        finally:
+            served.drop()
+    return EXIT_OK
+
+
 def _serve(argv: Sequence[str], startup: config_sources.Startup) -> int:
+    if startup.drop:
+        return _drop(startup)
     daemon = Daemon(argv, startup)
     with _stop_signals_raise():
         try:
@@ -271,7 +290,7 @@ def _run(argv: Sequence[str], startup: config_sources.Startup, config: DaemonCon
     except Stopped as stopped:
         log.info("stopped", signal=str(stopped), remark="before the pools were ready")
         return EXIT_OK
-    except (media.MediumError, PathError, SaltError) as error:
+    except (media.MediumError, PathError, SaltError, OtherLayout) as error:
         log.error("cannot_start", error=str(error))  # noqa: TRY400 - the text has the remedy
         return EXIT_USAGE
     except (CenoteError, OSError, MemoryError) as error:

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cenote.shm import media
+from cenote.shm import media, takeover
+from cenote.shm.custody import name_in
 from cenote.shm.errors import CenoteError
-from cenote.shm.host import PoolHost, Progress
+from cenote.shm.host import PoolHost
+from cenote.shm.objects import Progress
 from cenote.shm.paths import closed_to_others, prepare_run_dir
 from cenote.shm.pool_spec import PoolSpec, RegionSpec
 from cenote.shm.units import format_size, format_size_rounded
+from cenote.shm.wire import close_all
 
 from .access import AccessTable
 from .config import DaemonConfig, PoolConfig
+from .custody import Custody, NoCustody, open_custody
 from .lock import PoolLock
 from .logs import get_log
 from .scrub import Scrubber
@@ -67,20 +71,25 @@ class PoolChange:
 
 class ServedPool:
     """
-    A pool of this daemon, step by step: claim(), make(), serve(), then apply() and close().
+    A pool of this daemon, step by step: claim(), take_over() or make(), serve(), then apply() and
+    close().
 
     Args:
         config: The daemon's configuration, for its run directory.
         pool: The pool's part of it.
+        by_force: Kill a daemon that serves the pool, even if it runs.
     """
 
-    def __init__(self, config: DaemonConfig, pool: PoolConfig) -> None:
+    def __init__(self, config: DaemonConfig, pool: PoolConfig, *, by_force: bool = False) -> None:
         self.config = pool
         self.socket_path = config.socket_of(pool)
         self.spec = spec_of(pool)
         self._run_dir = Path(config.run_dir)
-        self._lock = PoolLock(pool.name, self.socket_path)
+        self._lock = PoolLock(pool.name, self.socket_path, take_over=by_force)
+        self._custody: Custody = NoCustody()
         self._access = AccessTable(pool)
+        self._in_doubt = False  # are there chunks to be checked since a dirty start (I9)?
+        self._spared: bytes | None = None  # a pool id that could not be kept, and is left alone
         self._host: PoolHost | None = None
         self._server: PoolServer | None = None
         self._scrubber: Scrubber | None = None
@@ -100,7 +109,7 @@ class ServedPool:
 
     def claim(self) -> None:
         """
-        Take the pool's lock and clear away what a dead daemon left.
+        Take the pool's lock from a daemon that is dead.
 
         Raises:
             PoolTaken: Another daemon serves it.
@@ -112,21 +121,88 @@ class ServedPool:
             prepare_run_dir(self._run_dir, os.geteuid(), shared=shared)
         self._warn_of_closed_folder()
         self._lock.acquire()
-        stale_socket = self._lock.remove_stale_socket()
-        left = [(str(o.name), o.bytes) for o in media.unlink_stale(self.name, os.geteuid())]
+        self._lock.remove_stale_socket()
         for region in self.spec.regions:
-            if region.medium.kind == "file":
-                owner = media.unlink_stale_file(region.medium, self.name, os.geteuid())
-                left += [(str(region.medium.path), region.bytes)] if owner else []
-        if left or stale_socket:
+            for note in media.notes(region.medium):
+                log.warning("medium_note", pool=self.name, note=note)
+
+    def take_over(self, *, reformat: bool = False) -> bool:
+        """
+        Go on with what the last daemon of this pool left; return whether there was such a thing.
+
+        Where there is none, or it cannot be kept, make() comes next, and finds its names free.
+
+        Raises:
+            OtherLayout: It is another release's, or of other sizes: nothing was touched.
+            MediumError: At a file's path lies something that is not ours.
+        """
+        self._custody = open_custody(self.socket_path.parent, self.name)
+        if self.config.ephemeral:
+            self._custody.dissolve()
+            self._custody.close()
+            self._custody = NoCustody()
+            self._drop_others(None)
+            return False
+        kept = self._custody.left()
+        try:
+            left = None if reformat else self._found(kept)
+            if left is not None and self._adopted(left):
+                self._custody.drop(kept.keys() - self.host.names_kept())
+                self._drop_others(left.pool_id)
+                return True
+            mark = name_in(self._spared, "") if self._spared else "none of them"
+            self._custody.drop([name for name in kept if not name.startswith(mark)])
+            self._drop_others(self._spared)
+            return False
+        finally:
+            close_all(kept.values())
+
+    def forget_everything(self) -> None:
+        """Free all that is left of this pool. The lock is held."""
+        self._custody = open_custody(self.socket_path.parent, self.name)
+        close_all(self._custody.left().values())
+        self._custody.dissolve()
+        self._drop_others(None)
+
+    def _found(self, kept: Mapping[str, int]) -> takeover.Left | None:
+        try:
+            return takeover.find(self.spec, kept)
+        except takeover.CannotKeep as error:
+            self._spared = error.pool_id
+            log.warning("pool_not_kept", pool=self.name, error=str(error))
+            return None
+
+    def _adopted(self, left: takeover.Left) -> bool:
+        try:
+            self._host, found = PoolHost.adopt(self.spec, left, self._custody)
+        except takeover.CannotKeep as error:
+            self._spared = left.pool_id  # its readers live, perhaps
+            log.warning("pool_not_kept", pool=self.name, error=str(error))
+            return False
+        self._in_doubt = found["unverified"] > 0
+        log.info(
+            "pool_taken_over",
+            pool=self.name,
+            predecessor_pid=left.keeper_pid,
+            clean=left.clean,
+            chunks=found["live_chunks"],
+            size=format_size_rounded(found["live_bytes"]),
+            sessions=found["sessions"],
+            repaired=sum(found[n] for n in ("linked", "twins", "returned", "unindexed")),
+            unverified=found["unverified"],
+        )
+        return True
+
+    def _drop_others(self, keep_id: bytes | None) -> None:
+        gone = takeover.drop_names(self.spec, keep_id)
+        if gone:
             log.warning(
                 "leftovers_unlinked",
                 pool=self.name,
                 predecessor_pid=self._lock.predecessor,
-                objects=len(left),
-                size=format_size_rounded(sum(bytes_ for _, bytes_ in left)),
-                socket=stale_socket,
-                remark="a daemon died; its cache is dropped, readers that live keep their views",
+                objects=len(gone),
+                size=format_size_rounded(sum(bytes_ for _, bytes_ in gone)),
+                remark="pools that nobody goes on with; living readers keep their views",
             )
 
     def _warn_of_closed_folder(self) -> None:
@@ -146,15 +222,13 @@ class ServedPool:
 
     def make(self, progress: Progress, stop: threading.Event | None = None) -> None:
         """Make the objects under a new pool id and start the keeper; see PoolHost.create()."""
-        for region in self.spec.regions:
-            for note in media.notes(region.medium):
-                log.warning("medium_note", pool=self.name, note=note)
-        self._host = PoolHost.create(self.spec, progress=progress, stop=stop)
+        self._host = PoolHost.create(self.spec, progress=progress, stop=stop, custody=self._custody)
 
     def serve(self, destroyed: Callable[[ServedPool], None]) -> None:
         """Listen. Called in the event loop; *destroyed* is called when an admin says so."""
         service = PoolService(self.host, self.config, self._access, lambda: destroyed(self))
         self._server = PoolServer(service, self.socket_path)
+        self._server.look_for_ends()  # of sessions that ended while no daemon was there
         self._scrub()
 
     def ready_text(self) -> str:
@@ -165,7 +239,7 @@ class ServedPool:
     def _scrub(self) -> None:
         """Have a background task exactly when the configuration wants one."""
         rate = self.config.scrub_bytes_per_s
-        wanted = self.config.checksum == "lazy" and rate > 0
+        wanted = rate > 0 and (self.config.checksum == "lazy" or self._in_doubt)
         if self._scrubber is not None and not wanted:
             self._scrubber.stop()
             self._scrubber = None
@@ -213,34 +287,46 @@ class ServedPool:
     # ---- end ------------------------------------------------------------------------------------
 
     async def close(self, reason: str) -> None:
-        """Stop serving, unlink every name, and give the lock back. Idempotent."""
+        """
+        Stop serving and give the lock back. Idempotent.
+
+        The pool is kept for the next daemon, unless it was destroyed or is ephemeral.
+        """
         server, self._server = self._server, None
         if server is not None:
             await server.close(reason)
-        self.drop()
+        self.drop(keep=reason != "destroyed")
 
-    def drop(self) -> None:
-        """The same without a socket: for a start that failed."""
+    def drop(self, *, keep: bool = False) -> None:
+        """The same without a socket. Idempotent."""
         scrubber, self._scrubber = self._scrubber, None
         if scrubber is not None:
             scrubber.stop()
         host, self._host = self._host, None
         if host is not None:
-            self._say_what_goes(host)
-            host.close()
+            keep = keep and not self.config.ephemeral
+            self._say_what_becomes(host, keep)
+            if not keep:
+                self._custody.dissolve()
+            host.close(keep=keep)
+        self._custody.close()
         self._lock.release()
 
-    def _say_what_goes(self, host: PoolHost) -> None:
+    def _say_what_becomes(self, host: PoolHost, keep: bool) -> None:
+        event = "pool_kept" if keep else "pool_dropped"
         try:
             counters = host.counters()
         except CenoteError as error:
-            log.warning("pool_dropped", pool=self.name, exc=error)
+            log.warning(event, pool=self.name, exc=error)
             return
         log.info(
-            "pool_dropped",
+            event,
             pool=self.name,
             chunks=counters["live_chunks"],
             size=format_size_rounded(counters["live_bytes"]),
             sessions=counters["sessions"],
-            remark="this release cannot keep a pool beyond its daemon; living readers keep theirs",
+            remark="the next daemon goes on with it; until then its memory stays in use, and "
+            "`cenoted --drop` frees it"
+            if keep
+            else "living readers keep their views",
         )

@@ -50,6 +50,7 @@ STALL_S: Final = 10.0  # how long an answer may lie unread
 ACCEPT_PAUSE_S: Final = 1.0  # after the process ran out of descriptors
 RATE_PER_S: Final = 500.0  # requests of one connection, sustained
 RATE_BURST: Final = 250.0
+FORGET_S: Final = (20.0, 2.0, 0.2)  # after a connection ended: did its session end, too?
 HEAVY_OPS: Final = frozenset({"audit", "clear"})  # in a thread: the others go on meanwhile
 
 log = get_log(__name__)
@@ -311,6 +312,7 @@ class PoolServer:
         self._ungreeted: collections.Counter[int] = collections.Counter()
         self._strangers: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._looks: list[asyncio.TimerHandle] = []
         self._listener = _listen(path, self._mode())
         self._found = os.lstat(path)
         self.loop.add_reader(self._listener, self._acceptable)
@@ -408,6 +410,16 @@ class PoolServer:
         if not connection.caller.role:
             _count_down(self._ungreeted, uid)
         self.service.closed(connection.caller)
+        self.look_for_ends()
+
+    def look_for_ends(self) -> None:
+        """A session whose connection ended has ended soon; no timer runs for one that lives."""
+        if not self._looks:
+            self._looks = [self.loop.call_later(s, self._look) for s in FORGET_S]
+
+    def _look(self) -> None:
+        self._looks.pop()
+        self.service.forget_dead()
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run *work* beside everything else; close() waits for it."""
@@ -433,6 +445,8 @@ class PoolServer:
         """Tell everybody why, close all connections and remove the socket."""
         if self._listener.fileno() < 0:
             return
+        for look in self._looks:
+            look.cancel()
         self.loop.remove_reader(self._listener)
         self._listener.close()
         with contextlib.suppress(OSError):

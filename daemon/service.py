@@ -7,6 +7,7 @@ An answer is a body and descriptors; a no is a Refusal. The transport is in serv
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -14,13 +15,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from cenote.shm.errors import LimitReached, ManifestMismatch, PoolGone
-from cenote.shm.host import SERVER, PoolHost, SessionOffer
+from cenote.shm.host import SERVER, PoolHost
 from cenote.shm.identity import Peer, pid_of_pidfd, start_ns
 from cenote.shm.manifest import namespace_id
 from cenote.shm.manifest import parse as parse_manifest
 from cenote.shm.media import NoRoom
 from cenote.shm.messages import ROLES, Hello, parse_hello, parse_namespace
-from cenote.shm.session import descriptor_names, new_hello
+from cenote.shm.offer import SessionOffer
+from cenote.shm.session import Welcome, descriptor_names, new_hello
 from cenote.shm.wire import PROTOCOL_VERSION, Refusal, close_all, success
 
 from .access import AccessTable
@@ -142,30 +144,35 @@ class PoolService:
         role = self.access.role_of(caller.peer, hello.role)
         self._check_version(hello)
         pidfd = _checked_pidfd(caller.peer, descriptors)
+        resumed = self._resumed(caller.peer, role, hello)
+        if resumed is not None:
+            self._attached(caller, resumed)
+            return Answer(welcome_fields(request_id, resumed, []))
         offer = self._open_session(caller.peer, role, hello.label, pidfd)
         welcome = offer.welcome
-        caller.role, caller.session, caller.nonce = role, welcome.session, welcome.nonce
-        self._holders[welcome.session] = replace(caller)
-        log.debug("session_opened", pool=self.host.name, session=welcome.session, role=role)
+        self._attached(caller, welcome)
         names = descriptor_names(len(welcome.regions), role)
-        fields = success(
-            request_id,
-            pool=welcome.pool,
-            pool_id=welcome.pool_id,
-            boot_token=welcome.boot_token,
-            role=role,
-            session=welcome.session,
-            nonce=welcome.nonce,
-            catalog_bytes=welcome.catalog_bytes,
-            regions=[vars(region) for region in welcome.regions],
-            fds=names,
-            checksum=welcome.checksum,
-            lease_limit_bytes=welcome.lease_limit_bytes,
-            capacity_bytes=welcome.capacity_bytes,
-            server=welcome.server_version,
-            pid=welcome.server_pid,
-        )
+        fields = welcome_fields(request_id, welcome, names)
         return Answer(fields, tuple(offer.fds[name] for name in names), offer.close)
+
+    def _attached(self, caller: Caller, welcome: Welcome) -> None:
+        caller.role, caller.session, caller.nonce = welcome.role, welcome.session, welcome.nonce
+        self._holders[welcome.session] = replace(caller)
+        event = "session_resumed" if welcome.resumed else "session_opened"
+        log.debug(event, pool=self.host.name, session=welcome.session, role=welcome.role)
+
+    def _resumed(self, peer: Peer, role: str, hello: Hello) -> Welcome | None:
+        """Return the session that this client has still, if it may have it still."""
+        wanted = hello.resume
+        if wanted is None or wanted.pool_id != self.host.pool_id:
+            return None
+        welcome = self.host.resume(wanted.session, wanted.nonce, peer)
+        if welcome is None:
+            return None
+        if ROLES[role] < ROLES[welcome.role]:
+            self.host.demote(wanted.session, wanted.nonce, role)
+            return None  # it attaches anew
+        return welcome if welcome.role == wanted.role else None
 
     def _check_version(self, hello: Hello) -> None:
         low, high = hello.protocol
@@ -334,6 +341,11 @@ class PoolService:
         if caller.role:
             self.host.hint(caller.session, caller.nonce)
 
+    def forget_dead(self) -> None:
+        """Take sessions that have ended out of custody."""
+        with contextlib.suppress(PoolGone):
+            self.host.forget_dead()
+
     # ---- reload ---------------------------------------------------------------------------------
 
     def reconfigure(self, config: PoolConfig, access: AccessTable) -> None:
@@ -359,6 +371,28 @@ class PoolService:
             holder.role = role  # for good: who gets the right back attaches anew
         if pids:
             log.info("sessions_demoted", pool=self.host.name, sessions=len(pids), pids=pids)
+
+
+def welcome_fields(request_id: int, welcome: Welcome, names: list[str]) -> dict[str, Any]:
+    """Return the answer to a hello; *names* are those of its descriptors, in their order."""
+    return success(
+        request_id,
+        pool=welcome.pool,
+        pool_id=welcome.pool_id,
+        boot_token=welcome.boot_token,
+        role=welcome.role,
+        session=welcome.session,
+        nonce=welcome.nonce,
+        catalog_bytes=welcome.catalog_bytes,
+        regions=[vars(region) for region in welcome.regions],
+        fds=names,
+        checksum=welcome.checksum,
+        lease_limit_bytes=welcome.lease_limit_bytes,
+        capacity_bytes=welcome.capacity_bytes,
+        server=welcome.server_version,
+        pid=welcome.server_pid,
+        **({"resumed": True} if welcome.resumed else {}),
+    )
 
 
 def _checked_pidfd(peer: Peer, descriptors: tuple[int, ...]) -> int:

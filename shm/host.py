@@ -10,77 +10,59 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from cenote._native import _core
 
 from . import media
-from .errors import ManifestMismatch, PoolGone, check, error_of
-from .identity import Peer, boot_id, signals_wait, start_ns
-from .manifest import diff, namespace_id, tenant_tag
-from .media import MediumObject, MediumSpec, ObjectName
+from .custody import Custody, KeptSession, Nowhere, session_names
+from .errors import CenoteError, PoolGone, check, error_of
+from .identity import Peer
+from .keeper import SESSIONS_MAX, adopt_keeper, keeper_config, new_keeper, registry_of
+from .manifest import BoundNamespace, bound_elsewhere, namespace_id, tenant_tag
 from .messages import NO_LIMIT, ROLES
-from .pool_spec import PoolSpec, catalog_bytes, format_of, medium_name
+from .objects import PoolObjects, Progress
+from .offer import SessionOffer
+from .pool_spec import PoolSpec
 from .session import Mapping as SessionMapping
 from .session import Region, Welcome, attach, descriptor_names
-from .wire import close_all
+from .takeover import CannotKeep, Left
 
 if TYPE_CHECKING:
     from _cffi_backend import CData
 
 VERSION: Final = "0.2.0"
 SERVER: Final = f"cenote/{VERSION}"
-SESSIONS_MAX: Final = _core.lib.CN_SESSIONS_MAX
 NOBODY: Final = 2**32 - 1
-SPIN_US: Final = 100
-
-Progress = Callable[[int], None]
-
-
-@dataclass
-class SessionOffer:
-    """
-    A session that the keeper scans already (I3), and what its client must be sent.
-
-    Send fds with the welcome, then close() them here: the liveness lock must have no other holder
-    than the client (I6). A session whose descriptors never arrived anywhere is dead at once.
-    """
-
-    welcome: Welcome
-    fds: dict[str, int] = field(default_factory=dict)
-
-    def close(self) -> None:
-        """Close our copies of the descriptors."""
-        close_all(self.fds.values())
-        self.fds.clear()
+ROLE_NAMES: Final = {number: name for name, number in ROLES.items()}
 
 
 class PoolHost:
     """
-    A pool in this process: create() it, serve sessions from it, close() it.
+    A pool in this process: create() or adopt() it, serve sessions from it, close() it.
 
     Any thread may call any method; commands to the keeper run one after the other on its thread.
     After close() everything raises PoolGone.
     """
 
-    def __init__(self, spec: PoolSpec, pool_id: bytes) -> None:
-        self.spec = spec
-        self.pool_id = pool_id
-        self.capacity_bytes = 0
-        self.catalog_bytes = 0
-        self.regions: tuple[Region, ...] = ()
-        self._objects: list[MediumObject] = []
+    def __init__(self, objects: PoolObjects, custody: Custody) -> None:
+        self.spec = objects.spec
+        self.pool_id = objects.pool_id
+        self.capacity_bytes = objects.capacity_bytes
+        self.catalog_bytes = objects.catalog_bytes
+        self.regions: tuple[Region, ...] = objects.facts
+        self._objects = objects
+        self._custody = custody
+        self._kept: set[tuple[int, int]] = set()  # sessions in custody
+        self._keeping = threading.Lock()  # custody is one thread's at a time
         self._idle = threading.Condition()
         self._commands = 0
         self._internal: set[tuple[int, int]] = set()  # our own sessions: nobody else counts them
         self._keeper: CData | None = None
         self._super: CData | None = None
-        self._undo = contextlib.ExitStack()
 
     @classmethod
     def create(
@@ -89,6 +71,7 @@ class PoolHost:
         *,
         progress: Progress | None = None,
         stop: threading.Event | None = None,
+        custody: Custody | None = None,
     ) -> PoolHost:
         """
         Make new objects under a new pool id, give them their memory, and start the keeper.
@@ -101,83 +84,60 @@ class PoolHost:
             MediumError: A medium cannot be used here.
             CenoteError, OSError: The C core or the kernel refused.
         """
-        host = cls(spec, secrets.token_bytes(16))
+        objects = PoolObjects.make(spec, progress or (lambda _bytes: None), stop)
         try:
-            host._make(progress or (lambda _bytes: None), stop)
+            host = cls(objects, custody or Nowhere())
+            host._keep_objects()
+            host._start(new_keeper(objects))
         except BaseException:
-            host._undo.close()
+            objects.close(unlink=True)
             raise
         return host
 
-    # ---- making ---------------------------------------------------------------------------------
+    @classmethod
+    def adopt(cls, spec: PoolSpec, left: Left, custody: Custody) -> tuple[PoolHost, dict[str, int]]:
+        """
+        Take over the pool that a dead daemon left, with every session of it (I7).
 
-    def _make(self, progress: Progress, stop: threading.Event | None) -> None:
-        keep: list[Any] = []
-        if any(region.medium.kind != "memfd" for region in self.spec.regions):
-            _guard_copies()
-        form = format_of(self.spec, keep)
-        form.pool_id = self.pool_id
-        form.hash_seed = [secrets.randbits(64), secrets.randbits(64)]
-        form.created_ns = time.time_ns()
-        form.keeper_start_ns = start_ns(os.getpid())
-        form.boot_id = boot_id()
-        self.catalog_bytes = catalog_bytes(self.spec)
-        touched = media.Pretoucher(progress, stop)
-        populate = any(region.populate for region in self.spec.regions)
-        catalog = self._object(self.spec.catalog_medium, "catalog", self.catalog_bytes)
-        catalog_at = self._mapped(catalog, touched if populate else None)
-        regions = _core.ffi.new("void *[]", max(1, len(self.spec.regions)))
-        for i, region in enumerate(self.spec.regions):
-            made = self._object(region.medium, f"r{i}", region.bytes)
-            address = self._mapped(made, touched if region.populate else None)
-            regions[i] = _core.ffi.cast("void *", address)
-        self.capacity_bytes = sum(made.bytes for made in self._objects[1:])
-        self.regions = tuple(
-            Region(made.bytes, medium_name(made.spec), made.page_bytes)
-            for made in self._objects[1:]
-        )
-        where = _core.ffi.cast("void *", catalog_at)
-        status = _core.lib.cn_catalog_format(where, self.catalog_bytes, form)
-        check(status, f"format the catalog of pool {self.spec.name!r}")
-        self._start_keeper(where, regions)
+        Args:
+            spec: Of the same sizes.
+            left: What shm.takeover.find() found; its descriptors stay the caller's.
+            custody: Where they are.
 
-    def _object(self, medium: MediumSpec, part: str, bytes_: int) -> MediumObject:
-        name = ObjectName(self.spec.name, self.pool_id.hex()[:16], part, os.geteuid())
-        with signals_wait():  # or a stop in between leaves a name that nobody removes
-            made = media.create(medium, name, bytes_)
-            self._undo.callback(made.close)
-            self._undo.callback(made.unlink)
-        self._objects.append(made)
-        return made
+        Returns:
+            The host, and what the takeover found: struct cn_recovery.
 
-    def _mapped(self, made: MediumObject, touch: media.Pretoucher | None) -> int:
-        address = made.map(writable=True)
-        self._undo.callback(media.unmap, address, made.bytes)
-        if touch is not None:
-            touch(address, made.bytes)
-        return address
+        Raises:
+            CannotKeep: Something is missing or wrong. Nothing was changed.
+        """
+        try:
+            objects = PoolObjects.open(spec, left.pool_id, left.parts)
+        except (CenoteError, OSError) as error:
+            raise CannotKeep(f"pool {spec.name!r} cannot be taken over: {error}") from error
+        try:
+            host = cls(objects, custody)
+            host._keep_objects()
+            adopted = adopt_keeper(objects, left.sessions)
+            host._kept |= set(adopted.sessions)
+            host._start(adopted.keeper)
+        except BaseException:
+            objects.close(unlink=False)
+            raise
+        return host, adopted.found
 
-    def _start_keeper(self, catalog: CData, regions: CData) -> None:
-        keep: list[Any] = []
-        config = self._keeper_config(keep)
-        made = _core.ffi.new("struct cn_keeper **")
-        status = _core.lib.cn_keeper_create(catalog, self.catalog_bytes, regions, config, made)
-        check(status, f"make the keeper of pool {self.spec.name!r}")
-        self._undo.callback(_core.lib.cn_keeper_destroy, made[0])
-        check(_core.lib.cn_keeper_start(made[0]), f"start the keeper of {self.spec.name!r}")
-        self._undo.callback(_core.lib.cn_keeper_stop, made[0])
-        self._keeper = made[0]
-        self._super = _core.ffi.cast("struct cn_super *", catalog)
+    def _keep_objects(self) -> None:
+        nameless = self._objects.to_keep()
+        if nameless:
+            self._custody.keep(nameless)
 
-    def _keeper_config(self, keep: list[Any]) -> CData:
-        made = _core.ffi.new("struct cn_keeper_config *")
-        policy = _core.ffi.new("char[]", self.spec.policy.encode("ascii"))
-        keep.append(policy)
-        made.high_water = self.spec.high_water
-        made.low_water = self.spec.low_water
-        made.policy = policy
-        made.spin_us = SPIN_US
-        return made
+    def _start(self, keeper: CData) -> None:
+        try:
+            check(_core.lib.cn_keeper_start(keeper), f"start the keeper of {self.spec.name!r}")
+        except BaseException:
+            _core.lib.cn_keeper_destroy(keeper)
+            raise
+        self._keeper = keeper
+        self._super = _core.ffi.cast("struct cn_super *", self._objects.catalog)
 
     # ---- facts ----------------------------------------------------------------------------------
 
@@ -189,7 +149,7 @@ class PoolHost:
     @property
     def locations(self) -> list[str]:
         """Where the objects are: what a person would look for."""
-        return [made.location for made in self._objects]
+        return [made.location for made in self._objects.made]
 
     @property
     def boot_token(self) -> int:
@@ -249,8 +209,7 @@ class PoolHost:
 
     def _registered(self, info: CData) -> dict[str, Any]:
         """Return what the registry has about a session beyond cn_session_info."""
-        base = _core.ffi.cast("char *", self._catalog) + self._catalog.registry_off
-        entry = _core.ffi.cast("struct cn_session_entry *", base)[info.session]
+        entry = registry_of(self._catalog)[info.session]
         if entry.nonce != info.nonce:
             return {"label": "", "attached_ns": 0, "lease_limit_bytes": 0, "over_limit": False}
         return {
@@ -290,14 +249,73 @@ class PoolHost:
             args.label, args.internal, args.start_ns = text, internal, start_ns
             args.pid, args.uid, args.gid = max(peer.pid, 0), peer.uid, peer.gid
             self._open_regions(offer)
+            held = KeptSession(0, 0, int(args.liveness_fd), int(args.doorbell_fd), int(args.pidfd))
             with self._command() as keeper:
                 status = _core.lib.cn_keeper_session_open(keeper, args)
                 check(status, f"open a session on pool {self.name!r}")
+            held.session, held.nonce = int(args.ret_session), int(args.ret_nonce)
             undo.pop_all()  # the keeper owns segment and descriptors now, the caller the offer
-        offer.welcome = self._welcome(role, int(args.ret_session), int(args.ret_nonce))
+        try:
+            if not internal:  # ours ends with us: a successor need not have it
+                self._keep(held)
+        except BaseException:
+            offer.close()  # it was sent to nobody: its lock is free
+            self.hint(held.session, held.nonce)
+            raise
+        offer.welcome = self._welcome(role, held.session, held.nonce)
         if internal:
             self._internal.add((offer.welcome.session, offer.welcome.nonce))
         return offer
+
+    def _keep(self, held: KeptSession) -> None:
+        """Into custody before anybody has its descriptor (I7)."""
+        self.forget_dead()
+        with self._keeping:
+            self._custody.keep(held.names(self.pool_id))
+            self._kept.add((held.session, held.nonce))
+        with self._command() as keeper:
+            status = _core.lib.cn_keeper_session_confirm(keeper, held.session, held.nonce)
+            check(status, f"open a session on pool {self.name!r}")
+
+    def forget_dead(self) -> bool:
+        """Take sessions that have ended out of custody; return whether any is left there."""
+        registry = registry_of(self._catalog)
+        with self._keeping:
+            gone = {
+                (session, nonce)
+                for session, nonce in self._kept
+                if registry[session].nonce != nonce
+                or registry[session].word & 0xFF == _core.lib.CN_SESSION_FREE
+            }
+            if gone:
+                self._custody.drop(self._names_of(gone))
+                self._kept -= gone
+            return bool(self._kept)
+
+    def names_kept(self) -> set[str]:
+        """Return the names in custody that are of use to this pool."""
+        return {*self._names_of(self._kept), *self._objects.to_keep()}
+
+    def _names_of(self, sessions: Iterable[tuple[int, int]]) -> list[str]:
+        return [name for each in sorted(sessions) for name in session_names(self.pool_id, *each)]
+
+    def resume(self, session: int, nonce: int, peer: Peer) -> Welcome | None:
+        """
+        Return the welcome of a session that outlived its connection; None when there is none.
+
+        What it may do and what it holds is unchanged. Only a process of the same user gets it.
+        """
+        if not 0 <= session < SESSIONS_MAX:
+            return None
+        entry = registry_of(self._catalog)[session]
+        if entry.nonce != nonce or entry.word & 0xFF != _core.lib.CN_SESSION_OPEN:
+            return None
+        if int(entry.uid) != peer.uid:
+            return None
+        role = ROLE_NAMES[int(entry.word) >> 8 & 0xFF]
+        with self._command() as keeper:  # it is not suspected any more
+            _core.lib.cn_keeper_session_confirm(keeper, session, nonce)
+        return replace(self._welcome(role, session, nonce), resumed=True)
 
     def _session_args(
         self, undo: contextlib.ExitStack, offer: SessionOffer, role: str, pidfd: int
@@ -309,7 +327,7 @@ class PoolHost:
         undo.callback(media.unmap, address, bytes_)
         doorbell_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         undo.callback(os.close, doorbell_fd)
-        offer.fds["catalog"] = self._objects[0].reopen(writable=False)
+        offer.fds["catalog"] = self._objects.made[0].reopen(writable=False)
         offer.fds["session"] = media.liveness_fd(segment_fd)
         offer.fds["doorbell"] = os.dup(doorbell_fd)
         args = _core.ffi.new("struct cn_session_open *")
@@ -322,6 +340,7 @@ class PoolHost:
             args.pidfd = os.dup(pidfd)
             undo.callback(os.close, args.pidfd)
         args.role = ROLES[role]
+        args.opening = 1
         args.lease_limit_bytes = offer.welcome.lease_limit_bytes
         return args
 
@@ -329,7 +348,7 @@ class PoolHost:
         """Open each region anew for each role: a dup would keep write access."""
         for name in descriptor_names(len(self.regions), offer.welcome.role)[3:]:
             part, _, access = name.partition(".")
-            made = self._objects[1 + int(part[1:])]
+            made = self._objects.made[1 + int(part[1:])]
             offer.fds[name] = made.reopen(writable=access == "rw")
 
     def _welcome(self, role: str, session: int = 0, nonce: int = 0) -> Welcome:
@@ -409,34 +428,18 @@ class PoolHost:
         with self._command() as keeper:
             status = _core.lib.cn_keeper_namespace_open(keeper, args)
             if status == _core.lib.CN_EINVAL and name and args.ret_bound_slot:
-                raise self._bound_elsewhere(name, manifest, ident, args.ret_bound_slot)
+                bound = self._namespace_at(int(args.ret_bound_slot))
+                raise bound_elsewhere(self.name, bound, name, manifest, ident)
             check(status, f"open namespace {name!r} of pool {self.name!r}")
         return int(args.ret_slot), ident
 
-    def _bound_elsewhere(
-        self, name: str, given: bytes, ident: bytes, slot: int
-    ) -> ManifestMismatch:
+    def _namespace_at(self, slot: int) -> BoundNamespace:
         base = _core.ffi.cast("char *", self._catalog) + self._catalog.namespaces_off
-        bound = _core.ffi.cast("struct cn_namespace *", base)[slot]
-        manifest = bytes(_core.ffi.buffer(bound.manifest, bound.manifest_bytes))
-        differing = diff(manifest, given)
-        if bytes(bound.id) == ident:
-            own = _core.ffi.string(bound.name).decode(errors="replace")
-            return ManifestMismatch(
-                f"this namespace of pool {self.name!r} is named {own!r} already, not {name!r}: "
-                f"open it by that name, or without one",
-                {},
-            )
-        if not differing:
-            return ManifestMismatch(
-                f"the name {name!r} in pool {self.name!r} is another tenant's: choose another one",
-                {},
-            )
-        fields = ", ".join(differing)
-        return ManifestMismatch(
-            f"the name {name!r} in pool {self.name!r} is bound to a manifest that differs in "
-            f"{fields}: use another name, or the manifest that it is bound to",
-            differing,
+        found = _core.ffi.cast("struct cn_namespace *", base)[slot]
+        return BoundNamespace(
+            bytes(found.id),
+            _core.ffi.string(found.name).decode(errors="replace"),
+            bytes(_core.ffi.buffer(found.manifest, found.manifest_bytes)),
         )
 
     def set_quota(self, slot: int, quota_bytes: int) -> None:
@@ -452,7 +455,7 @@ class PoolHost:
         before, self.spec = self.spec, spec
         keep: list[Any] = []
         with self._command() as keeper:
-            status = _core.lib.cn_keeper_configure(keeper, self._keeper_config(keep))
+            status = _core.lib.cn_keeper_configure(keeper, keeper_config(self.spec, keep))
         if status != _core.lib.CN_OK:
             self.spec = before
             raise error_of(status, f"reconfigure pool {self.name!r}")
@@ -476,21 +479,17 @@ class PoolHost:
             check(_core.lib.cn_keeper_audit(keeper, wrong), f"audit pool {self.name!r}")
         return int(wrong[0])
 
-    def close(self) -> None:
+    def close(self, *, keep: bool = False) -> None:
         """
-        Stop the keeper, unmap, and unlink every name. Idempotent.
+        Stop the keeper and unmap. Unlink every name, unless the pool is to be kept. Idempotent.
 
         Clients keep what they have mapped: with no keeper nothing changes under them any more.
         """
         with self._idle:
-            self._keeper = None
+            keeper, self._keeper = self._keeper, None
             self._idle.wait_for(lambda: self._commands == 0)
             self._super = None
-        self._undo.close()
-
-
-def _guard_copies() -> None:
-    """What is not sealed may be truncated under the keeper's copies: a lost chunk, no SIGBUS."""
-    syserr = _core.ffi.new("struct cn_syserr *")
-    status = _core.lib.cn_guard_install(syserr)
-    check(status, "install the SIGBUS guard", errno=syserr.err)
+        if keeper is not None:
+            _core.lib.cn_keeper_stop(keeper)
+            _core.lib.cn_keeper_destroy(keeper)
+        self._objects.close(unlink=not keep)

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import msgpack
+
+from .errors import ManifestMismatch
 
 Value = str | int | bool
 
@@ -136,3 +139,35 @@ def _pack(fields: dict[str, Value]) -> bytes:
     if not isinstance(packed, bytes):
         raise TypeError("msgpack returned no bytes")
     return packed
+
+
+@dataclass(frozen=True)
+class BoundNamespace:
+    """A namespace that is there: its id, its name ("" for none) and its canonical manifest."""
+
+    ident: bytes
+    name: str
+    manifest: bytes
+
+
+def bound_elsewhere(
+    pool: str, bound: BoundNamespace, name: str, given: bytes, ident: bytes
+) -> ManifestMismatch:
+    """Return why *name* cannot be the name of the namespace *ident* with the manifest *given*."""
+    differing = diff(bound.manifest, given)
+    if bound.ident == ident:
+        return ManifestMismatch(
+            f"this namespace of pool {pool!r} is named {bound.name!r} already, not {name!r}: "
+            "open it by that name, or without one",
+            {},
+        )
+    if not differing:
+        return ManifestMismatch(
+            f"the name {name!r} in pool {pool!r} is another tenant's: choose another one", {}
+        )
+    fields = ", ".join(differing)
+    return ManifestMismatch(
+        f"the name {name!r} in pool {pool!r} is bound to a manifest that differs in "
+        f"{fields}: use another name, or the manifest that it is bound to",
+        differing,
+    )

@@ -75,6 +75,13 @@ class Fields:
             return value
         raise self._wrong(name, f"{low} to {high} bytes of binary")
 
+    def flag(self, name: str) -> bool:
+        """A truth value; false when it is missing."""
+        value = self._body.get(name, False)
+        if isinstance(value, bool):
+            return value
+        raise self._wrong(name, "true or false")
+
     def one_of(self, name: str, allowed: Iterable[str]) -> str:
         """One of a few words."""
         value = self._get(name)
@@ -117,6 +124,31 @@ class Fields:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """The session that a client has still, after its connection was lost."""
+
+    pool_id: bytes
+    session: int
+    nonce: int
+    role: str
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a hello's `resume`."""
+        return vars(self)
+
+    @classmethod
+    def parse(cls, body: Mapping[str, Any]) -> Resume:
+        """Return what `resume` says, or raise WireError."""
+        fields = Fields(body)
+        return cls(
+            fields.blob("pool_id", 16, 16),
+            fields.integer("session", 0, 2**32 - 1),
+            fields.integer("nonce", 0, 2**64 - 1),
+            fields.one_of("role", ROLES),
+        )
+
+
+@dataclass(frozen=True)
 class Hello:
     """The first request of a client."""
 
@@ -126,6 +158,7 @@ class Hello:
     fingerprint: int
     role: str | None
     label: str
+    resume: Resume | None = None
 
     def fields(self) -> dict[str, Any]:
         """The request's fields, without op and id."""
@@ -136,6 +169,7 @@ class Hello:
             "fingerprint": self.fingerprint,
             "role": self.role,
             "label": self.label,
+            **({"resume": self.resume.fields()} if self.resume else {}),
         }
 
 
@@ -157,6 +191,7 @@ def parse_hello(body: Mapping[str, Any]) -> Hello:
         fingerprint=fields.integer("fingerprint", 0, 2**64 - 1),
         role=role,
         label=fields.text("label", LABEL_MAX_BYTES),
+        resume=None if body.get("resume") is None else Resume.parse(fields.section("resume")),
     )
 
 

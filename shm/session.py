@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 from cenote._native import _core, _short
 
 from .errors import Corrupt, ProtocolError, VersionMismatch, check, error_of
-from .messages import LABEL_MAX_BYTES, ROLES, Fields, Hello
+from .messages import LABEL_MAX_BYTES, ROLES, Fields, Hello, Resume
 from .wire import PROTOCOL_VERSION, Message, WireError, close_all
 
 REGIONS_MAX: Final = _core.lib.CN_REGIONS_MAX
@@ -47,6 +47,12 @@ class Welcome:
     capacity_bytes: int
     server_pid: int
     server_version: str
+    resumed: bool = False
+
+    @property
+    def as_resume(self) -> Resume:
+        """What to say in a hello to go on with this session."""
+        return Resume(self.pool_id, self.session, self.nonce, self.role)
 
 
 class MappedRegion(NamedTuple):
@@ -130,7 +136,9 @@ class Mapping:
         _detach(_cast("struct cn_client *", self.ptr))
 
 
-def new_hello(client: str, role: str | None = None, label: str = "") -> Hello:
+def new_hello(
+    client: str, role: str | None = None, label: str = "", resume: Resume | None = None
+) -> Hello:
     """
     Return the hello of this build. *label* is for people; what does not fit is cut off.
 
@@ -148,6 +156,7 @@ def new_hello(client: str, role: str | None = None, label: str = "") -> Hello:
         fingerprint=_short.lib.cn_abi_fingerprint(),
         role=role,
         label=cut,
+        resume=resume,
     )
 
 
@@ -182,6 +191,7 @@ def _welcome(fields: Fields) -> Welcome:
         capacity_bytes=fields.integer("capacity_bytes", 1, _SIZE_MAX),
         server_pid=fields.integer("pid", 0, 2**31 - 1),
         server_version=fields.text("server", 64),
+        resumed=fields.flag("resumed"),
     )
 
 
@@ -196,7 +206,7 @@ def _regions(items: list[Any]) -> Iterable[Region]:
 
 
 def _descriptor_names(body: dict[str, Any], welcome: Welcome, count: int) -> list[str]:
-    expected = descriptor_names(len(welcome.regions), welcome.role)
+    expected = [] if welcome.resumed else descriptor_names(len(welcome.regions), welcome.role)
     given = body.get("fds")
     if given == expected and count == len(expected):
         return expected

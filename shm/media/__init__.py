@@ -25,10 +25,17 @@ from .base import (
     reopen_fd,
     unmap,
 )
-from .file import create_file, unlink_stale_file
+from .file import create_file, open_file, unlink_stale_file
 from .limits import Host, check_room, check_rooms, notes, shortages
-from .memfd import create_memfd, create_session_memfd, is_dead, liveness_fd
-from .posix_shm import StaleObject, create_shm, list_stale, unlink_stale
+from .memfd import (
+    adopt_memfd,
+    check_memfd,
+    create_memfd,
+    create_session_memfd,
+    is_dead,
+    liveness_fd,
+)
+from .posix_shm import StaleObject, create_shm, list_stale, open_shm, unlink_stale
 from .pretouch import Pretoucher, PretouchStopped, pretouch, terminal_progress
 
 __all__ = [
@@ -43,6 +50,7 @@ __all__ = [
     "PretouchStopped",
     "Pretoucher",
     "StaleObject",
+    "check_memfd",
     "check_room",
     "check_rooms",
     "create",
@@ -52,6 +60,7 @@ __all__ = [
     "liveness_fd",
     "map_fd",
     "notes",
+    "open_again",
     "parse_medium",
     "pretouch",
     "reopen_fd",
@@ -80,3 +89,25 @@ def create(spec: MediumSpec, name: ObjectName, bytes_: int) -> MediumObject:
         "file": create_file,
     }
     return makers[spec.kind](spec, name, bytes_)
+
+
+def open_again(spec: MediumSpec, name: ObjectName, bytes_: int, kept: int = -1) -> MediumObject:
+    """
+    Return the object *name* that a dead daemon left on the medium *spec*.
+
+    Args:
+        spec: The medium.
+        name: The object.
+        bytes_: Its size.
+        kept: A memfd's descriptor, from custody. It belongs to the object, unless this raises.
+
+    Raises:
+        MediumError: It is not there any more, or not what it was.
+    """
+    if spec.kind == "shm":
+        return open_shm(spec, name, bytes_)
+    if spec.kind == "file":
+        return open_file(spec, name, bytes_)
+    if kept < 0:
+        raise MediumError(f"{name} had no name, and was kept nowhere")
+    return adopt_memfd(spec, name, bytes_, kept)

@@ -158,6 +158,11 @@ class MediumObject(ABC):
         """The page that this object consists of."""
         return self.spec.page_bytes
 
+    @property
+    def named(self) -> bool:
+        """Whether another process can find it; otherwise it ends with its last descriptor."""
+        return True
+
     def reopen(self, writable: bool) -> int:
         """Return a new open file description of this object; see reopen_fd()."""
         return reopen_fd(self.fd, writable)

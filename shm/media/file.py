@@ -30,7 +30,7 @@ from typing import Final
 from cenote.shm.units import format_size_rounded
 
 from .base import FILE_MODE, MediumError, MediumObject, MediumSpec, NoRoom, ObjectName
-from .posix_shm import creator_is_dead, stale_at
+from .posix_shm import creator_is_dead, stale_at, take_ownership
 
 MAGIC: Final = b"cenoteF1"
 TRAILER: Final = struct.Struct("<8sQ128s")
@@ -89,11 +89,35 @@ def create_file(spec: MediumSpec, name: ObjectName, bytes_: int) -> FileObject:
     return FileObject(spec, name, fd, bytes_, str(path))
 
 
-def unlink_stale_file(spec: MediumSpec, pool: str, uid: int) -> Owner | None:
+def open_file(spec: MediumSpec, name: ObjectName, bytes_: int) -> FileObject:
+    """
+    Open the file that a dead daemon left for the object *name*, and be its owner from now on.
+
+    Raises:
+        MediumError: It is gone, or another one.
+    """
+    path = _path_of(spec)
+    bytes_ = spec.round_up(bytes_)
+    try:
+        owner = _owner_of(path)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise MediumError(f"{path} cannot be opened again: {error.strerror}") from error
+    try:
+        if owner is None or owner.name != name:
+            raise MediumError(f"{path} is not the file of {name} any more")
+        take_ownership(fd, str(path), name.uid, bytes_, TRAILER_PAGE_BYTES)
+    except BaseException:
+        os.close(fd)
+        raise
+    return FileObject(spec, name, fd, bytes_, str(path))
+
+
+def unlink_stale_file(spec: MediumSpec, pool: str, uid: int, keep: str = "") -> Owner | None:
     """
     Unlink what a dead daemon of *pool*, run by *uid*, left at the path; None if nothing is there.
 
-    The caller holds the lock of the pool.
+    The caller holds the lock of the pool. What belongs to the pool id *keep* stays.
 
     Raises:
         MediumError: Something else is there: it is named and left alone.
@@ -115,6 +139,8 @@ def unlink_stale_file(spec: MediumSpec, pool: str, uid: int) -> Owner | None:
             f"{path} belongs to pool {owner.name.pool!r} of uid {owner.name.uid}, not to pool "
             f"{pool!r} of uid {uid}. Name another path, or remove the file if that pool is gone"
         )
+    if owner.name.pool_id == keep:
+        return None
     if not owner.dead:
         raise MediumError(
             f"{path} is in use by a living daemon of pool {pool!r}. Stop that one, or name "

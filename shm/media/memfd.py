@@ -39,6 +39,11 @@ SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 class MemfdObject(MediumObject):
     """A sealed memfd."""
 
+    @property
+    def named(self) -> bool:
+        """No: it survives its daemon in custody only."""
+        return False
+
     def unlink(self) -> None:
         """Do nothing: it has no name and goes with its last descriptor and mapping."""
 
@@ -59,6 +64,31 @@ def create_memfd(spec: MediumSpec, name: ObjectName, bytes_: int) -> MemfdObject
         os.close(fd)
         raise
     return MemfdObject(spec, name, fd, bytes_, f"memfd:{name}")
+
+
+def adopt_memfd(spec: MediumSpec, name: ObjectName, bytes_: int, fd: int) -> MemfdObject:
+    """
+    Be the owner of the memfd *fd* that custody kept. On an error it stays the caller's.
+
+    Raises:
+        MediumError: It is no sealed memfd of this user and size.
+    """
+    check_memfd(fd, spec.round_up(bytes_), str(name))
+    return MemfdObject(spec, name, fd, spec.round_up(bytes_), f"memfd:{name}")
+
+
+def check_memfd(fd: int, bytes_: int, what: str) -> None:
+    """Raise MediumError unless *fd* is a memfd of ours, sealed and *bytes_* long."""
+    found = os.fstat(fd)
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    if seals & SEALS != SEALS or found.st_uid != os.geteuid() or found.st_size != bytes_:
+        raise MediumError(
+            f"what was kept as {what} is not the sealed memory of {bytes_} bytes that uid "
+            f"{os.geteuid()} left there"
+        )
 
 
 def create_session_memfd(bytes_: int, label: str = "session") -> int:

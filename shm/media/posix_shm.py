@@ -68,6 +68,39 @@ def create_shm(spec: MediumSpec, name: ObjectName, bytes_: int) -> ShmObject:
     return made
 
 
+def open_shm(spec: MediumSpec, name: ObjectName, bytes_: int) -> ShmObject:
+    """
+    Open the object *name* that a dead daemon left, and be its owner from now on.
+
+    Raises:
+        MediumError: It is gone, another user's or of another size, or its daemon lives.
+    """
+    path = SHM_DIR / str(name)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise MediumError(f"{path} cannot be opened again: {error.strerror}") from error
+    try:
+        take_ownership(fd, str(path), name.uid, spec.round_up(bytes_))
+    except BaseException:
+        os.close(fd)
+        raise
+    return ShmObject(spec, name, fd, spec.round_up(bytes_), str(path))
+
+
+def take_ownership(fd: int, what: str, uid: int, bytes_: int, more: int = 0) -> None:
+    """Lock what a dead daemon left; MediumError when it is not ours, or *bytes_* and *more* long"""
+    found = os.fstat(fd)
+    if found.st_uid != uid:
+        raise MediumError(f"{what} belongs to uid {found.st_uid}, not to {uid}")
+    if found.st_size != bytes_ + more:
+        raise MediumError(f"{what} has {found.st_size} bytes, and {bytes_ + more} were expected")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise MediumError(f"{what} is in use by a living daemon: stop that one first") from error
+
+
 def truncate(fd: int, bytes_: int, what: str) -> None:
     """Give the new object behind *fd* its size; NoRoom where a limit forbids it."""
     try:

@@ -232,7 +232,7 @@ def test_another_daemon_cannot_take_the_pool(
 def test_a_client_of_another_build(daemon: Any, books: Any) -> None:
     """A client with another fingerprint is refused with `version`, and opened no session."""
     opened = books.counters()["sessions_opened"]
-    for change in ({"layout": 2}, {"fingerprint": 1}, {"protocol": [2, 9]}):
+    for change in ({"layout": 99}, {"fingerprint": 1}, {"protocol": [2, 9]}):
         with pytest.raises(Refusal) as refused:
             daemon.hello("writer", **change)
         assert refused.value.code == "version"

@@ -238,6 +238,7 @@ class Cenoted:
 def cenoted(tmp_path: Path) -> Iterator[Callable[..., Cenoted]]:
     """Return a function that starts a daemon and waits until it is ready (or has ended)."""
     started: list[Cenoted] = []
+    kept: dict[str, list[str]] = {}
 
     def start(
         *extra: str,
@@ -246,9 +247,12 @@ def cenoted(tmp_path: Path) -> Iterator[Callable[..., Cenoted]]:
         pool: str = "",
         path: Path | None = None,
         config: str = "",
+        keep: bool = False,
     ) -> Cenoted:
         """
         Start a daemon; *extra* are more arguments.
+
+        keep: its pool outlives it, until the test ends. Others are ephemeral.
 
         config: the text of a TOML file that is used instead of size and medium. {socket} and
         {pool} in it are filled in; it is written to tmp_path/cenoted.toml.
@@ -262,13 +266,19 @@ def cenoted(tmp_path: Path) -> Iterator[Callable[..., Cenoted]]:
             argv = ["--config", str(file)]
         else:
             argv = ["--socket", str(path), "--name", pool, "--size", size, "--medium", medium]
-        daemon = Cenoted(tmp_path, [*argv, "--log-format", "json", *extra], pool, path)
+        argv += ["--log-format", "json", *extra]
+        daemon = Cenoted(tmp_path, argv if keep else [*argv, "--ephemeral"], pool, path)
         started.append(daemon)
+        if keep:
+            kept[str(path)] = argv
         return daemon
 
     yield start
     for daemon in reversed(started):
         daemon.close()
+    for argv in kept.values():
+        command = [sys.executable, "-m", "cenote.daemon.main", *argv, "--drop"]
+        subprocess.run(command, check=True, timeout=STOP_S)
     assert [name for daemon in started for name in daemon.names()] == []
 
 

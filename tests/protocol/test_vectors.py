@@ -70,16 +70,18 @@ def test_messages_have_valid_fields(vector: dict[str, Any]) -> None:
 
 
 def test_welcomes_are_understood() -> None:
-    """Each welcome parses when its descriptors came with it, and not with one too few."""
+    """Each welcome parses when its descriptors came with it, and not with one more or less."""
     welcomes = [revived(v["body"]) for v in MESSAGES if v["name"].startswith("welcome")]
     for body in welcomes:
         numbers = tuple(range(-len(body["fds"]), 0))  # nothing is opened or closed here
         welcome, fds = parse_welcome(Message(body, numbers))
         assert (welcome.pool_id, list(fds)) == (body["pool_id"], body["fds"])
         assert welcome.role == body["role"]
+        assert welcome.resumed == (not body["fds"])
+        wrong = numbers[1:] if numbers else (-1,)
         with pytest.raises(Exception, match="were expected"):
-            parse_welcome(Message(body, numbers[1:]))
-    assert len(welcomes) == 2
+            parse_welcome(Message(body, wrong))
+    assert len(welcomes) == 3
 
 
 @pytest.mark.parametrize("vector", REFUSED["frames"], ids=lambda v: str(v["name"]))
