@@ -20,7 +20,7 @@ from cenote.shm.identity import Peer, pid_of_pidfd, start_ns
 from cenote.shm.manifest import namespace_id
 from cenote.shm.manifest import parse as parse_manifest
 from cenote.shm.media import NoRoom
-from cenote.shm.messages import ROLES, Hello, parse_hello, parse_namespace
+from cenote.shm.messages import ROLES, Hello, parse_hello, parse_lost, parse_namespace
 from cenote.shm.offer import SessionOffer
 from cenote.shm.session import Welcome, descriptor_names, new_hello
 from cenote.shm.wire import PROTOCOL_VERSION, Refusal, close_all, success
@@ -92,6 +92,7 @@ class PoolService:
             "audit": self._audit,
             "clear": self._clear,
             "destroy": self._destroy,
+            "lost": self._lost,
             "ping": lambda _caller, _body: {},
             "bye": lambda _caller, _body: {},
         }
@@ -319,6 +320,14 @@ class PoolService:
         self._require_admin(caller, "clear")
         dropped = self.host.clear()
         log.info("pool_cleared", pool=self.host.name, chunks=dropped, uid=caller.peer.uid)
+        return {"dropped": dropped}
+
+    def _lost(self, caller: Caller, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Drop chunks whose bytes an admin found to be wrong; one that has left is no error."""
+        self._require_admin(caller, "drop chunks of")
+        dropped = self.host.lose(parse_lost(body))
+        if dropped:
+            log.warning("chunks_lost", pool=self.host.name, chunks=dropped, uid=caller.peer.uid)
         return {"dropped": dropped}
 
     def _destroy(self, caller: Caller, _body: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -465,6 +465,14 @@ class PoolHost:
         dropped = _core.ffi.new("uint64_t *")
         with self._command() as keeper:
             check(_core.lib.cn_keeper_clear(keeper, dropped), f"clear pool {self.name!r}")
+        return int(dropped[0])
+
+    def lose(self, refs: Sequence[int]) -> int:
+        """Drop the chunks that *refs* name, as lost; return how many were still there."""
+        dropped, packed = _core.ffi.new("uint64_t *"), _core.ffi.new("uint64_t[]", refs)
+        with self._command() as keeper:
+            status = _core.lib.cn_keeper_lose(keeper, packed, len(refs), dropped)
+            check(status, f"drop lost chunks of pool {self.name!r}")
         return int(dropped[0])
 
     def retire(self) -> None:

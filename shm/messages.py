@@ -19,6 +19,9 @@ LABEL_MAX_BYTES: Final = 39
 NAME_MAX_BYTES: Final = 55
 MANIFEST_MAX_BYTES: Final = 3840
 
+REFS_MAX: Final = 1024  # chunks that one request names
+REF_MAX: Final = 2**64 - 1
+
 NO_LIMIT: Final = 2**64 - 1  # bytes that a session may lease
 ROLES: Final = {"reader": 1, "writer": 2, "admin": 3}  # enum cn_role
 OPS: Final = frozenset(
@@ -31,6 +34,7 @@ OPS: Final = frozenset(
         "audit",
         "clear",
         "destroy",
+        "lost",
         "ping",
         "bye",
     }
@@ -200,3 +204,10 @@ def parse_namespace(body: Mapping[str, Any]) -> tuple[bytes, str]:
     fields = Fields(body)
     manifest = fields.blob("manifest", 1, MANIFEST_MAX_BYTES)
     return manifest, fields.text_or_none("name", NAME_MAX_BYTES) or ""
+
+
+def parse_lost(body: Mapping[str, Any]) -> list[int]:
+    """Return the references of a lost request: generation and descriptor of each chunk."""
+    items = Fields(body).sequence("refs", REFS_MAX)
+    named = Fields({f"refs[{i}]": item for i, item in enumerate(items)})
+    return [named.integer(f"refs[{i}]", 1, REF_MAX) for i in range(len(items))]

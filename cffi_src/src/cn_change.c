@@ -354,6 +354,12 @@ void cn_unlink_one(struct cn_keeper *k, uint32_t d, uint32_t kind, uint32_t reas
     k->unlink.d[k->unlink.count++] = d;
 }
 
+void cn_lose(struct cn_keeper *k, uint32_t d)
+{
+    cn_unlink_one(k, d, CN_EVENT_EVICTED, CN_BY_LOSS);
+    k->count.lost++;
+}
+
 bool cn_set_pin(struct cn_keeper *k, uint32_t d, uint64_t until_ns)
 {
     uint64_t word = cn_chunk_word(k, d);

@@ -261,6 +261,25 @@ static int do_clear(struct cn_keeper *k, void *args)
     return CN_OK;
 }
 
+struct lose_args {
+    const uint64_t *refs;
+    uint32_t count;
+    uint64_t *dropped;
+};
+
+static int do_lose(struct cn_keeper *k, void *args)
+{
+    const struct lose_args *lose = args;
+    for (uint32_t i = 0; i < lose->count; i++) {
+        uint32_t d = cn_live_of(k, lose->refs[i]);
+        if (d == CN_NONE)
+            continue;
+        cn_lose(k, d);
+        (*lose->dropped)++;
+    }
+    return CN_OK;
+}
+
 static int do_retire(struct cn_keeper *k, void *args)
 {
     (void)args;
@@ -335,6 +354,13 @@ int cn_keeper_clear(struct cn_keeper *k, uint64_t *ret_dropped)
 {
     *ret_dropped = 0;
     return cn_call(k, do_clear, ret_dropped);
+}
+
+int cn_keeper_lose(struct cn_keeper *k, const uint64_t *refs, uint32_t count, uint64_t *ret_dropped)
+{
+    struct lose_args args = {refs, count, ret_dropped};
+    *ret_dropped = 0;
+    return cn_call(k, do_lose, &args);
 }
 
 int cn_keeper_retire(struct cn_keeper *k) { return cn_call(k, do_retire, NULL); }

@@ -228,6 +228,8 @@ bool cn_grant_drop(struct cn_keeper *k, struct cn_session *s, uint64_t ref);
 int cn_link(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r);
 /* LIVE -> DYING and out of index, policy and chain; freed by cn_unlink_flush(). */
 void cn_unlink_one(struct cn_keeper *k, uint32_t d, uint32_t kind, uint32_t reason);
+/* The same, for bytes that are not what was committed. */
+void cn_lose(struct cn_keeper *k, uint32_t d);
 /* One fence, one scan; unleased ones become FREE, the others wait in limbo. */
 void cn_unlink_flush(struct cn_keeper *k);
 void cn_free(struct cn_keeper *k, uint32_t d);

@@ -82,8 +82,7 @@ static void do_report(struct cn_keeper *k, const struct cn_session *s, const str
         cn_set_crc(k, r->grant, r->crc32c);
         return;
     }
-    cn_unlink_one(k, d, CN_EVENT_EVICTED, CN_BY_LOSS);
-    k->count.lost++;
+    cn_lose(k, d);
 }
 
 static void do_record(struct cn_keeper *k, struct cn_session *s, const struct cn_record *r)

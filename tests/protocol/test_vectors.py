@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cenote.shm.messages import parse_hello, parse_namespace, parse_request
+from cenote.shm.messages import parse_hello, parse_lost, parse_namespace, parse_request
 from cenote.shm.session import parse_welcome
 from cenote.shm.wire import Decoder, Message, Refusal, WireError, checked_reply, encode
 
@@ -44,6 +44,8 @@ def parsed(body: dict[str, Any]) -> None:
         parse_hello(body)
     if op == "namespace":
         parse_namespace(body)
+    if op == "lost":
+        parse_lost(body)
 
 
 @pytest.mark.parametrize("vector", MESSAGES, ids=lambda v: str(v["name"]))

@@ -56,6 +56,7 @@ FIELDS: Final[dict[str, st.SearchStrategy[Any]]] = {
     )
     | st.binary(max_size=64)
     | st.builds(msgpack.packb, VALUES),
+    "refs": st.lists(st.integers(0, 30).map(lambda d: 1 << 32 | d), max_size=4),
     "name": st.none() | st.sampled_from(["", "a", "b"]) | st.text(max_size=60),
 }
 
@@ -72,6 +73,8 @@ def near_requests(draw: st.DrawFn) -> Body:
     body: Body = hello() if op == "hello" else {"op": op, "id": 1}
     if op == "namespace":
         body |= {"manifest": draw(FIELDS["manifest"]), "name": draw(FIELDS["name"])}
+    if op == "lost":
+        body |= {"refs": draw(FIELDS["refs"])}
     for name in draw(st.lists(st.sampled_from(sorted({*body, *FIELDS})), max_size=2)):
         how = draw(st.sampled_from(["drop", "likely", "any"]))
         if how == "drop":
