@@ -47,6 +47,7 @@ class Superblock:
     capacity_bytes: int
     catalog_bytes: int
     chunk_count: int
+    bucket_count: int
     namespace_count: int
     session_count: int
     event_count: int

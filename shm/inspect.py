@@ -361,6 +361,7 @@ def _superblock(copy: CData) -> Superblock:
         capacity_bytes=int(copy.capacity_bytes),
         catalog_bytes=int(copy.catalog_bytes),
         chunk_count=int(copy.chunk_count),
+        bucket_count=int(copy.bucket_count),
         namespace_count=int(copy.namespace_count),
         session_count=int(copy.session_count),
         event_count=int(copy.event_count),

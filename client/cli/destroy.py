@@ -48,14 +48,14 @@ def run(args: argparse.Namespace) -> int:
     return common.EXIT_DONE
 
 
-def opened(args: argparse.Namespace) -> Pool:
-    """Attach as admin to the pool that was named, and to no other."""
+def opened(args: argparse.Namespace, role: str = "admin") -> Pool:
+    """Attach to the pool that was named, and to no other."""
     if args.socket is None:
         # before the pool's name: another directory may have a pool of the same name
         args.socket = os.environ.get(paths.SOCKET_ENV) or None
     if args.socket is None and args.pool is not None:
         args.socket = common.socket_of_pool(args.pool)
-    pool = common.open_pool(args, role="admin")
+    pool = common.open_pool(args, role)
     if args.pool in (None, pool.name):
         return pool
     pool.close()

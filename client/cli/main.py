@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "top": "the same, live, with rates",
     "ls": "list chunks",
     "explain": "what became of a key",
+    "verify": "check the tables and the bytes of a pool, with a daemon or without",
     "clear": "drop every chunk that nobody holds",
     "destroy": "end a pool and give its memory back",
     "bench": "measure hits, matches and copies here",
