@@ -190,8 +190,8 @@ def _written(fd: int, size: int) -> Iterator[tuple[int, int]]:
 def _check_abandoned(made: Abandoned, found: os.stat_result) -> None:
     """Nobody serves it: its keeper has not got this very file open."""
     pid = int(made._super.keeper_pid)
-    if not 0 < pid < 2**31:
-        return
+    if not 0 < pid < 2**31 or (PROC / str(pid) / "task" / str(os.getpid())).exists():
+        return  # nonsense, or a thread of ours: we have it open ourselves
     with contextlib.suppress(OSError):
         for link in (PROC / str(pid) / "fd").iterdir():
             with contextlib.suppress(OSError):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -73,21 +72,18 @@ def _of_slot(slot: int, text: str) -> Finding:
 def sessions(tables: Tables) -> Iterator[Finding]:
     """Yield what is wrong with the records of sessions."""
     lease_slots = tables.catalog.superblock.lease_slots
-    nonces: Counter[int] = Counter()
-    for index, row in enumerate(tables.registry()):
-        word = int(row.word)
-        state, role = word & 0xFF, word >> 8 & 0xFF
-        if state == 0:
-            continue
-        nonces[int(row.nonce)] += 1
+    registry = tables.registry()
+    nonces: set[int] = set()
+    for index in np.flatnonzero(registry.states).tolist():
+        state, role = int(registry.states[index]), int(registry.roles[index])
+        nonce, leases = int(registry.nonces[index]), int(registry.leases[index])
         if state > _OPENING or not 0 < role <= _ROLE_MAX:
             yield Finding("session", f"session {index}: state {state}, role {role}")
-        elif int(row.leases) > lease_slots:
-            yield Finding(
-                "session", f"session {index}: {int(row.leases)} leases in {lease_slots} slots"
-            )
-        elif nonces[int(row.nonce)] > 1:
-            yield Finding("session", f"session {index}: nonce {int(row.nonce)} is another's, too")
+        elif leases > lease_slots:
+            yield Finding("session", f"session {index}: {leases} leases in {lease_slots} slots")
+        elif nonce in nonces:
+            yield Finding("session", f"session {index}: nonce {nonce} is another's, too")
+        nonces.add(nonce)
 
 
 # ---- events -------------------------------------------------------------------------------------
@@ -121,7 +117,7 @@ def sums(walk: Walk, counters: Mapping[str, int], *, folded: bool) -> Iterator[F
     tables = walk.tables
     expected = dict(walk.sums)
     expected["namespaces"] = int((tables.namespace_words != 0).sum())
-    expected["sessions"] = sum(int(row.word) & 0xFF != 0 for row in tables.registry())
+    expected["sessions"] = tables.registry().count
     if folded:
         regions = sum(region.bytes for region in tables.catalog.superblock.regions)
         expected["extent_bytes"] = walk.extent_bytes

@@ -6,7 +6,7 @@ shows it. Pure: what a look suspects another one confirms.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,11 @@ from .kinds import DOUBLE, NO_DESCRIPTOR, Suspects, suspects
 from .slabs import SlabMap, doubles, places_in_pool
 from .tables import BUCKET_ENTRIES, DYING, FREE, GRANTED, LIVE, Block, Tables, state_of
 
-if TYPE_CHECKING:
-    from _cffi_backend import CData
-
 _PINNED, _CRC, _META = np.uint64(1), np.uint64(4), np.uint64(8)
 _KNOWN_FLAGS: Final = np.uint64(sum(FLAG_NAMES))
 _FLAGS: Final = np.uint64(0xFFFFFF)
 _STATE_MAX: Final = _core.lib.CN_POISONED
+_SESSION_MAX: Final = _core.lib.CN_SESSION_OPENING
 _META_MAX: Final = _core.lib.CN_META_BYTES_MAX
 _LINE: Final = np.uint64(63)
 _LOW: Final = np.uint64(0xFFFFFFFF)
@@ -66,7 +64,8 @@ class Walk:
         self.found += self.slabs.found
         self._good = np.zeros(tables.entries.size, dtype=bool)  # entries that a lookup arrives at
         self._leaving = np.zeros(tables.entries.size, dtype=bool)
-        self._registry = _session_states(tables.registry())
+        states = tables.registry().states
+        self._sessions = np.append((states > 0) & (states <= _SESSION_MAX), False)
         self._kept: list[tuple[NDArray[Any], ...]] = []
         self._in_use: list[tuple[NDArray[Any], ...]] = []
         for block in tables.blocks():
@@ -88,7 +87,7 @@ class Walk:
         pages = block.cold["extent_pages"]
         self._add(_pick("extent", block, homeless, pages, block.offsets))
         granted = block.states == GRANTED
-        gone = granted & ~self._registry[np.minimum(block.owners, len(self._registry) - 1)]
+        gone = granted & ~self._sessions[np.minimum(block.owners, len(self._sessions) - 1)]
         self._add(_pick("owner", block, gone, block.owners))
         housed = block.where(~outside & ~homeless)
         self._in_use.append((places_in_pool(housed), housed.d, housed.words))
@@ -226,9 +225,3 @@ def _joined(parts: list[tuple[NDArray[Any], ...]], columns: int) -> list[NDArray
     if not parts:
         return [np.zeros(0, dtype=np.uint64) for _ in range(columns)]
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
-
-
-def _session_states(registry: CData) -> NDArray[np.bool_]:
-    """Is there a session in each place? One place more, for owners that cannot be."""
-    words = [int(row.word) & 0xFF for row in registry]
-    return np.array([*(0 < word <= 3 for word in words), False])

@@ -33,7 +33,9 @@ _WORD, _KEY, _OFF, _SIZE, _PLACE = 0, slice(1, 5), 5, 6, 7  # words of a struct 
 _CHUNK_WORDS: Final = _ffi.sizeof("struct cn_chunk") // 8
 _COLD: Final = dtype_of("cn_cold")
 _EVENT: Final = dtype_of("cn_event")
-_COUNTERS_AT: Final = _ffi.offsetof("struct cn_super", "counters")
+_SESSION_WORDS: Final = _ffi.sizeof("struct cn_session_entry") // 8
+_NONCE_WORD: Final = _ffi.offsetof("struct cn_session_entry", "nonce") // 8
+_LEASES_WORD: Final = _ffi.offsetof("struct cn_session_entry", "leases") // 8
 
 
 def state_of(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -104,6 +106,30 @@ class Block:
     def where(self, mask: NDArray[Any]) -> Block:
         """Return some of them."""
         return Block(self.d[mask], self.rows[mask], self.cold[mask])
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The session registry, as columns: by session index."""
+
+    words: NDArray[np.uint64]
+    nonces: NDArray[np.uint64]
+    leases: NDArray[np.uint64]
+
+    @property
+    def states(self) -> NDArray[np.uint64]:
+        """States of sessions, 0 for none."""
+        return self.words & np.uint64(0xFF)
+
+    @property
+    def roles(self) -> NDArray[np.uint64]:
+        """Roles of sessions."""
+        return self.words >> np.uint64(8) & np.uint64(0xFF)
+
+    @property
+    def count(self) -> int:
+        """How many sessions there are."""
+        return int((self.states != 0).sum())
 
 
 class Tables:
@@ -184,13 +210,12 @@ class Tables:
         assert status == _lib.CN_OK  # the catalog was checked, and this part never changes
         return tags.astype(np.uint64) << np.uint64(32) | block.d.astype(np.uint64), buckets
 
-    def registry(self) -> CData:
+    def registry(self) -> Registry:
         """Return a copy of the session registry."""
         count = self.catalog.superblock.session_count
-        rows = _ffi.new("struct cn_session_entry[]", count)
-        at = self.catalog.address + self.catalog.superblock.offsets["registry"]
-        _ffi.memmove(rows, _ffi.cast("char *", at), _ffi.sizeof(rows))
-        return rows
+        words = self._view("registry", np.dtype(np.uint64), count * _SESSION_WORDS)
+        rows = words.reshape(count, _SESSION_WORDS).copy()
+        return Registry(rows[:, 0], rows[:, _NONCE_WORD], rows[:, _LEASES_WORD])
 
     def events(self) -> NDArray[Any]:
         """Return a copy of the event feed."""
