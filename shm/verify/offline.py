@@ -214,7 +214,8 @@ def _add_region(
                 size = os.fstat(file.fileno()).st_size
                 mapped = mmap.mmap(file.fileno(), min(size, nbytes), prot=mmap.PROT_READ)
         except (OSError, ValueError) as error:
-            problem = f"{path} cannot be mapped: {error}"
+            text = getattr(error, "strerror", None) or str(error)
+            problem = f"{path} cannot be mapped ({text}): name its file with --region"
             continue
         held = _ffi.from_buffer(mapped)
         at = int(_ffi.cast("uintptr_t", held))
