@@ -38,6 +38,7 @@ double loop_hits(const struct loop_core *core, void *client, uint32_t ns_slot, c
 int loop_fill(const struct loop_core *core, void *client, uint32_t ns_slot, const uint8_t *keys,
               uint64_t key_count, uint64_t data_bytes);
 double loop_touch(const uint8_t *data, uint64_t bytes, uint64_t page_bytes);
+void loop_read(const uint64_t *words, uint64_t count);
 """
 
 
@@ -113,6 +114,10 @@ class Loops:
         if found < 0:
             raise RuntimeError("a chunk that was stored is not there: make the pool larger")
         return float(found)
+
+    def read(self, address: int, nbytes: int) -> None:
+        """Read all of that memory, by this thread."""
+        self._lib.loop_read(self._ffi.cast("uint64_t *", address), nbytes // 8)
 
     def fill(self, session: Session, keys: bytes, data_bytes: int) -> None:
         """Commit a chunk under each key without touching its memory."""

@@ -161,6 +161,7 @@ def benches() -> list[Bench]:
         _python("visible", "--rounds", "100"),
         _python("scale", "--rounds", "5"),
         _python("idle", "--seconds", "5"),
+        _python("verify", "--rounds", "3", "--chunks", "100000"),
         _python("attach", "--rounds", "5"),
         _python("cuda", "--rounds", "3"),
         Bench("c_waste", (c_program("bench_waste"),), (), _waste_rows),

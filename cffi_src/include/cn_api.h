@@ -171,8 +171,8 @@ int cn_keeper_session_info(struct cn_keeper *keeper, struct cn_session_info *ret
                            uint32_t infos_max, uint32_t *ret_count);
 /* Unlink every chunk, pinned ones too; what somebody reads is freed when it is released. */
 int cn_keeper_clear(struct cn_keeper *keeper, uint64_t *ret_dropped);
-/* Unlink the chunks that these references name, as lost: their bytes are not what was committed. Who
- * is of another generation, or not LIVE, is none of them. */
+/* Unlink the chunks that these references name, as lost: their bytes are not what was committed.
+ * What is of another generation, or not LIVE, is none of them. */
 int cn_keeper_lose(struct cn_keeper *keeper, const uint64_t *refs, uint32_t count,
                    uint64_t *ret_dropped);
 /* No more hits, for ever: clients see misses, then reconnect. */
@@ -337,9 +337,9 @@ struct cn_look {
 /* Where lookups look for each of these copies: its tag, and three buckets. */
 int cn_look_places(const struct cn_look *look, const struct cn_chunk *chunks, uint32_t count,
                    uint32_t *ret_tags, uint32_t *ret_buckets);
-/* Do the bytes of each reference have the CRC-32C that is recorded? ret_status: CN_OK, CN_ELOST (no,
- * or they cannot be read), CN_EMISS (it has left meanwhile, or none is recorded), CN_ECORRUPT (it
- * lies outside what is mapped). Takes no lease, and so is no use of the chunk; a long call. */
+/* Do the bytes of each reference have the CRC-32C that is recorded? ret_status: CN_OK, CN_ELOST
+ * (no, or they cannot be read), CN_EMISS (it has left meanwhile, or none is recorded), CN_ECORRUPT
+ * (it lies outside what is mapped). Takes no lease, and so is no use of the chunk; a long call. */
 int cn_look_verify(const struct cn_look *look, const uint64_t *refs, uint32_t count,
                    int32_t *ret_status);
 

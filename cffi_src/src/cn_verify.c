@@ -2,9 +2,9 @@
 /*
  * What `cenote verify` asks of a pool that it only looks at.
  *
- * Without a session: what it reads must not count as used, be kept from eviction, or fall under the
- * limit of a reader. So bytes are read first, and believed only if the chunk was there all the time:
- * an extent is not written again before its descriptor has left LIVE (I2).
+ * Without a session: what it reads must not count as used, be kept from eviction, or fall under
+ * the limit of a reader. So bytes are read first, and believed only if the chunk was there all the
+ * time: an extent is not written again before its descriptor has left LIVE (I2).
  */
 #include "cn_api.h"
 #include "cn_index.h"

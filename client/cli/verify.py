@@ -24,12 +24,12 @@ from cenote.shm.verify import (
     Abandoned,
     Checked,
     Finding,
-    MappedRegion,
     Report,
     Served,
     Verifier,
     abandoned,
     open_abandoned,
+    regions_of,
 )
 
 from . import common, destroy, verify_show
@@ -105,15 +105,10 @@ def _verified(args: argparse.Namespace) -> Report:
 
 
 def _with_daemon(args: argparse.Namespace, pool: Pool) -> Report:
-    regions = {
-        region.region: MappedRegion(region.address, region.nbytes, pool.mapping)
-        for region in pool.mapping.regions()
-        if not region.writable
-    }
     with _admin(args) as admin:
         verifier = Verifier(
             common.catalog_of(pool),
-            regions,
+            regions_of(pool.mapping),
             settle=lambda: common.ask(pool, "stats", args.timeout),
             bytes_per_s=args.rate,
         )

@@ -8,7 +8,7 @@ they are judged, numbers are checked before they lead anywhere, loops end by the
 
 from __future__ import annotations
 
-from .crc import Checked, MappedRegion
+from .crc import Checked, MappedRegion, regions_of
 from .kinds import KINDS, Finding, Kind
 from .offline import Abandoned, Served, abandoned, open_abandoned
 from .report import Found, Report
@@ -27,4 +27,5 @@ __all__ = [
     "Verifier",
     "abandoned",
     "open_abandoned",
+    "regions_of",
 ]

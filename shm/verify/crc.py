@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from cenote._native import _core
 from cenote.shm.errors import check
 from cenote.shm.inspect import Catalog
+from cenote.shm.session import Mapping as SessionMapping
 
 from .tables import look_of
 
@@ -41,6 +42,15 @@ class MappedRegion:
     address: int
     nbytes: int
     owner: object
+
+
+def regions_of(mapping: SessionMapping) -> dict[int, MappedRegion]:
+    """Return the regions that an attached session has mapped for reading, by number."""
+    return {
+        region.region: MappedRegion(region.address, region.nbytes, mapping)
+        for region in mapping.regions()
+        if not region.writable
+    }
 
 
 @dataclass(frozen=True)

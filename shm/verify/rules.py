@@ -66,6 +66,7 @@ class Walk:
         self._leaving = np.zeros(tables.entries.size, dtype=bool)
         states = tables.registry().states
         self._sessions = np.append((states > 0) & (states <= _SESSION_MAX), False)
+        self._arrived = 0  # chunks at which a lookup arrives
         self._kept: list[tuple[NDArray[Any], ...]] = []
         self._in_use: list[tuple[NDArray[Any], ...]] = []
         for block in tables.blocks():
@@ -166,18 +167,21 @@ class Walk:
         if not len(block.d):
             return
         wanted, buckets = self.tables.lookups(block)
-        seen = 3 if self.tables.third_bucket else 2
-        buckets = buckets[:, :seen].astype(np.int64)
-        there = self.tables.entries[buckets]
-        hits = there == wanted[:, None, None]
-        row, which, slot = np.nonzero(hits)
-        at = buckets[row, which] * BUCKET_ENTRIES + slot
+        buckets = buckets[:, : 3 if self.tables.third_bucket else 2].astype(np.int64)
         live = block.states == LIVE
-        self._good[at[live[row]]] = True
-        self._leaving[at[~live[row]]] = True
-        missing = live & ~hits.any(axis=(1, 2))
-        if missing.any():
-            self._missing(block.where(missing), wanted[missing], there[missing])
+        todo = np.arange(len(block.d))
+        for which in range(buckets.shape[1]):  # nearly all are in their first
+            bucket = buckets[todo, which]
+            row, slot = np.nonzero(self.tables.entries[bucket] == wanted[todo, None])
+            at, here = bucket[row] * BUCKET_ENTRIES + slot, live[todo[row]]
+            self._good[at[here]] = True
+            self._leaving[at[~here]] = True
+            todo = np.delete(todo, row)
+        self._arrived += int(live.sum() - live[todo].sum())
+        todo = todo[live[todo]]
+        if len(todo):
+            there = self.tables.entries[buckets[todo]]
+            self._missing(block.where(_mask(todo, len(live))), wanted[todo], there)
 
     def _missing(self, block: Block, wanted: NDArray[np.uint64], there: NDArray[np.uint64]) -> None:
         """Chunks that no lookup arrives at: does it arrive at another one of the same key?"""
@@ -216,9 +220,17 @@ class Walk:
         for kind, rows in (("dangling", leaving), ("entry", ~leaving)):
             self._add(suspects(kind, lost[rows], entries[lost[rows]], other[rows]))
         good = np.flatnonzero(self._good)
+        if len(good) == self._arrived:  # one each
+            return
         order = good[np.argsort(entries[good], kind="stable")]
         again = order[1:][entries[order][1:] == entries[order][:-1]]
         self._add(suspects("entry", again, entries[again], np.uint64(DOUBLE)))
+
+
+def _mask(at: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
+    mask = np.zeros(count, dtype=bool)
+    mask[at] = True
+    return mask
 
 
 def _joined(parts: list[tuple[NDArray[Any], ...]], columns: int) -> list[NDArray[Any]]:

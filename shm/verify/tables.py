@@ -104,7 +104,9 @@ class Block:
         return self.places >> np.uint64(32)
 
     def where(self, mask: NDArray[Any]) -> Block:
-        """Return some of them."""
+        """Return some of them; where it is all of them, nothing is copied."""
+        if mask.all():
+            return self
         return Block(self.d[mask], self.rows[mask], self.cold[mask])
 
 

@@ -26,7 +26,7 @@ from cenote.client import Cache, Pool
 from cenote.client.errors import PoolFull
 from cenote.client.testing import MemoryHost
 from cenote.shm.inspect import Catalog
-from cenote.shm.verify import MappedRegion, Verifier
+from cenote.shm.verify import Verifier, regions_of
 
 CHURN_LOOKS: Final = 40
 
@@ -58,12 +58,7 @@ def copy(tmp_path: Path) -> Copy:
 
 def online(pool: Pool) -> Verifier:
     """A verifier beside the keeper of *pool*."""
-    regions = {
-        region.region: MappedRegion(region.address, region.nbytes, pool.mapping)
-        for region in pool.mapping.regions()
-        if not region.writable
-    }
-    return Verifier(Catalog.of(pool.mapping), regions, settle=pool.stats)
+    return Verifier(Catalog.of(pool.mapping), regions_of(pool.mapping), settle=pool.stats)
 
 
 # ---- nothing is wrong ---------------------------------------------------------------------------
