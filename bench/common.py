@@ -236,7 +236,8 @@ class PrivateDaemon:
         argv = [
             *(sys.executable, *program, "--config", str(self.folder / "cenoted.toml")),
             *("--run-dir", str(self.folder), "--socket", str(self.socket), "--name", self.name),
-            *("--size", str(size_bytes), "--medium", medium, "--log-format", "text", *flags),
+            *("--size", str(size_bytes), "--medium", medium, "--log-format", "text"),
+            *("--ephemeral", *flags),  # its memory would stay for the next daemon of its name
         ]
         with self._log.open("ab") as log, pinned(cpu_index):
             self.process = subprocess.Popen(

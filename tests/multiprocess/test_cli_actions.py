@@ -303,7 +303,7 @@ def test_each_command_describes_itself(command: str, capsys: pytest.CaptureFixtu
     "argv",
     [
         [],
-        ["verify"],
+        ["doctor"],
         ["ls", "--limit", "-1"],
         ["ls", "--sort", "colour"],
         ["explain"],
