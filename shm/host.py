@@ -147,11 +147,6 @@ class PoolHost:
         return self.spec.name
 
     @property
-    def locations(self) -> list[str]:
-        """Where the objects are: what a person would look for."""
-        return [made.location for made in self._objects.made]
-
-    @property
     def boot_token(self) -> int:
         """The number that tells clients one keeper from its successor."""
         return int(self._catalog.boot_token)
@@ -256,23 +251,23 @@ class PoolHost:
             held.session, held.nonce = int(args.ret_session), int(args.ret_nonce)
             undo.pop_all()  # the keeper owns segment and descriptors now, the caller the offer
         try:
-            if not internal:  # ours ends with us: a successor need not have it
+            if internal:  # it ends with us: a successor need not have it
+                self._internal.add((held.session, held.nonce))
+            else:
                 self._keep(held)
         except BaseException:
             offer.close()  # it was sent to nobody: its lock is free
             self.hint(held.session, held.nonce)
             raise
         offer.welcome = self._welcome(role, held.session, held.nonce)
-        if internal:
-            self._internal.add((offer.welcome.session, offer.welcome.nonce))
         return offer
 
     def _keep(self, held: KeptSession) -> None:
         """Into custody before anybody has its descriptor (I7)."""
         self.forget_dead()
         with self._keeping:
+            self._kept.add((held.session, held.nonce))  # kept in part, it is forgotten as well
             self._custody.keep(held.names(self.pool_id))
-            self._kept.add((held.session, held.nonce))
         with self._command() as keeper:
             status = _core.lib.cn_keeper_session_confirm(keeper, held.session, held.nonce)
             check(status, f"open a session on pool {self.name!r}")

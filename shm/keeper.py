@@ -16,6 +16,7 @@ from cenote._native import _core
 from . import media
 from .custody import KeptSession
 from .errors import check, status_text
+from .identity import start_ns
 from .objects import PoolObjects
 from .pool_spec import PoolSpec
 from .takeover import CannotKeep
@@ -52,6 +53,7 @@ def keeper_config(spec: PoolSpec, keep: list[Any]) -> CData:
     made.low_water = spec.low_water
     made.policy = policy
     made.spin_us = SPIN_US
+    made.start_ns = start_ns(os.getpid())
     return made
 
 

@@ -47,6 +47,7 @@ struct cn_keeper_config {
     const char *policy;
     uint32_t spin_us; /* how long the keeper polls before it sleeps */
     uint32_t reserved;
+    uint64_t start_ns; /* of this process, since boot: who the keeper is, beside its pid */
 };
 
 /* On CN_OK the keeper owns segment (it unmaps it) and the descriptors (it closes them). */

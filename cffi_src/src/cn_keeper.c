@@ -353,11 +353,12 @@ int cn_keeper_new(void *catalog, uint64_t catalog_bytes, void *const *regions,
     return CN_OK;
 }
 
-void cn_keeper_take_office(struct cn_keeper *k)
+void cn_keeper_take_office(struct cn_keeper *k, uint64_t start_ns)
 {
     struct cn_super *super = k->catalog.super;
     uint64_t token = k->ops.realtime_ns() | 1;
     super->keeper_pid = (uint64_t)getpid();
+    super->keeper_start_ns = start_ns;
     cn_store_release(&super->clean, 0); /* before the first change */
     CN_CRASH_POINT(office_clean);
     if (token <= super->boot_token)
@@ -382,7 +383,7 @@ int cn_keeper_create(void *catalog, uint64_t catalog_bytes, void *const *regions
         cn_keeper_destroy(k);
         return status;
     }
-    cn_keeper_take_office(k);
+    cn_keeper_take_office(k, copy.start_ns);
     *ret_keeper = k;
     return CN_OK;
 }

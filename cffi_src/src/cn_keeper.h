@@ -336,7 +336,7 @@ struct cn_info_args {
 int cn_keeper_new(void *catalog, uint64_t catalog_bytes, void *const *regions,
                   struct cn_keeper **ret_keeper);
 /* From here on we are the one who writes it (I1). */
-void cn_keeper_take_office(struct cn_keeper *k);
+void cn_keeper_take_office(struct cn_keeper *k, uint64_t start_ns);
 
 /* ---- cn_event.c, cn_audit.c ----------------------------------------------- */
 

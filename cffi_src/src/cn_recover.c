@@ -20,9 +20,9 @@
 struct takeover {
     struct cn_keeper *k;
     struct cn_recovery *found;
-    uint8_t *state;    /* of each descriptor, as found */
-    uint32_t *tag;     /* of the LIVE ones */
-    uint64_t *indexed; /* bit a descriptor: the index names it */
+    uint8_t *state;       /* of each descriptor, as found */
+    struct cn_hash *hash; /* of the LIVE ones */
+    uint64_t *indexed;    /* bit a descriptor: the index names it */
     bool dirty;
 };
 
@@ -160,7 +160,7 @@ static int adopt_descriptors(struct takeover *t)
         if (status != CN_OK)
             return status;
         if (t->state[d] == CN_LIVE)
-            t->tag[d] = cn_hash_tag(cn_chunk_hash(k, d));
+            t->hash[d] = cn_chunk_hash(k, d);
     }
     return CN_OK;
 }
@@ -214,6 +214,17 @@ static void adopt_counters(struct cn_keeper *k)
     }
 }
 
+static bool leads_to(const struct takeover *t, uint32_t d, uint32_t bucket, uint64_t entry)
+{
+    const struct cn_catalog *c = &t->k->catalog;
+    if (cn_hash_tag(t->hash[d]) != entry >> 32)
+        return false;
+    for (uint32_t which = 0; which < 3; which++)
+        if (cn_hash_bucket(c, t->hash[d], which) == bucket)
+            return true;
+    return false;
+}
+
 /* The index is a hint: entries that name nothing go, readers never see it empty. */
 static void clean_index(struct takeover *t)
 {
@@ -224,7 +235,7 @@ static void clean_index(struct takeover *t)
             uint32_t d = (uint32_t)entry;
             if (entry == 0)
                 continue;
-            if (d < c->chunk_count && t->state[d] == CN_LIVE && t->tag[d] == entry >> 32) {
+            if (d < c->chunk_count && t->state[d] == CN_LIVE && leads_to(t, d, b, entry)) {
                 t->indexed[d / 64] |= 1ull << (d % 64);
                 continue;
             }
@@ -249,7 +260,7 @@ static void link_missing(struct takeover *t, uint32_t d)
 {
     struct cn_keeper *k = t->k;
     struct cn_key key = cn_chunk_key(k, d);
-    struct cn_hash h = cn_chunk_hash(k, d);
+    struct cn_hash h = t->hash[d];
     uint32_t other;
     uint64_t word;
     if (cn_index_find(&k->catalog, h, cn_place_ns(k->catalog.chunks[d].place), &key, &other,
@@ -382,11 +393,11 @@ static int look(struct takeover *t, const struct cn_adopt_session *sessions, uin
 }
 
 /* Memory is all there: nothing in here can fail but the queues, which are no promise. */
-static void repair(struct takeover *t)
+static void repair(struct takeover *t, uint64_t start_ns)
 {
     struct cn_keeper *k = t->k;
     note_start(t);
-    cn_keeper_take_office(k);
+    cn_keeper_take_office(k, start_ns);
     end_openings(k);
     skip_an_event(k);
     adopt_counters(k);
@@ -412,9 +423,9 @@ static int take_over(struct takeover *t, const struct cn_keeper_config *config,
     size_t chunks = k->catalog.chunk_count;
     struct cn_keeper_config copy = *config;
     t->state = calloc(chunks, sizeof(*t->state));
-    t->tag = calloc(chunks, sizeof(*t->tag));
+    t->hash = calloc(chunks, sizeof(*t->hash));
     t->indexed = calloc((chunks + 63) / 64, sizeof(*t->indexed));
-    if (t->state == NULL || t->tag == NULL || t->indexed == NULL)
+    if (t->state == NULL || t->hash == NULL || t->indexed == NULL)
         return CN_ENOMEM;
     k->realtime_ns = cn_realtime_ns(k);
     k->monotonic_ns = k->ops.monotonic_ns();
@@ -424,7 +435,7 @@ static int take_over(struct takeover *t, const struct cn_keeper_config *config,
     if (status == CN_OK)
         status = cn_do_configure(k, &copy);
     if (status == CN_OK)
-        repair(t);
+        repair(t, copy.start_ns);
     return status;
 }
 
@@ -440,7 +451,7 @@ int cn_keeper_adopt(void *catalog, uint64_t catalog_bytes, void *const *regions,
         return status;
     status = take_over(&t, config, sessions, session_count);
     free(t.state);
-    free(t.tag);
+    free(t.hash);
     free(t.indexed);
     if (status != CN_OK) {
         release_sessions(t.k);
