@@ -7,8 +7,9 @@ What does the death of the daemon cost, and what that of a client?
 1. With a million chunks: CPU time of a daemon that takes over after SIGKILL until it is `ready`,
    and the time from the SIGKILL to the first hit of a client that attaches to it. Beside it, a
    daemon that begins with an empty pool: what an interpreter and its modules cost.
-2. Two readers in C loops over the same chunks, one of which never reconnects: hits a second of
-   CPU time before, while no daemon is there, while one takes over, and in the ten seconds after.
+2. Two readers in C loops over the same chunks, one of which never reconnects: hits before, while
+   no daemon is there, while one takes over, and in the ten seconds after; each against a raw loop
+   of dependent random loads over as much memory, in turn with it.
 3. The hit rate of the clients of bench/storm.py, whose pool is a third of what they store, before
    and after SIGKILL of the daemon.
 4. How long the session of a reader with leases is there after the end of its process.
@@ -29,10 +30,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a script, from anywhere
@@ -55,10 +58,11 @@ ROUNDS: Final = 5
 CHUNKS: Final = 1_044_480  # 4,096 fewer than 2^20
 KILLS: Final = 200
 CHUNK_BYTES: Final = 4 * KIB
+WORDS_A_LINE: Final = 16
 KEYS_FILE: Final = "keys"
-SLICE_S: Final = 0.05
-BEFORE_S: Final = 5.0
-ABSENT_S: Final = 5.0
+SLICE_S: Final = 0.03
+BEFORE_S: Final = 4.0
+ABSENT_S: Final = 2.0
 AFTER_S: Final = 10.0
 HELD: Final = 64
 CPU_BAR_S: Final = 0.5
@@ -163,73 +167,110 @@ def _takeovers(made: Daemons, chunks: int, rounds: int) -> list[Row]:
 # ---- readers ------------------------------------------------------------------------------------
 
 
-def read(folder: Path, index: int) -> None:
-    """A reader: loops in slices until its input ends, then prints (when, hits a CPU second)."""
+def read(folder: Path, index: int, lines: int) -> None:
+    """
+    A reader: slices of hits and of raw loads in turn, until its input ends; then prints of each
+    pair (begin, end, hits a CPU second, hits a load, hits a second by the clock).
+    """
     loops, keys = Loops(), (folder / KEYS_FILE).read_bytes()
+    cycle = np.zeros(lines * WORDS_A_LINE, dtype=np.uint32)
+    loops.cycle(cycle)
     cache = _cache(folder, "reader", reconnect=index == 0)
     session, at, slices, misses = Session.of(cache), index * 500_009, [], 0
     loops.hits_per_s(session, keys, at, SLICE_S)  # map the catalog
     print("ready", flush=True)
     while not select.select([sys.stdin], [], [], 0)[0]:
-        begun_s, begun_cpu_s = time.monotonic(), time.thread_time()
+        at += 7_000_003
+        begun_s = time.monotonic()
         try:
-            rate = loops.hits_per_s(session, keys, at, SLICE_S)
+            cpu, clock = _per_cpu_s(lambda: loops.hits_per_s(session, keys, at, SLICE_S))  # noqa: B023
         except RuntimeError:  # a miss: the index is being mended
             misses += 1
             continue
-        finally:
-            at += 7_000_003
-        ended_s, cpu_s = time.monotonic(), time.thread_time() - begun_cpu_s
-        slices.append((begun_s, ended_s, rate * (ended_s - begun_s) / cpu_s, rate))
+        loads, _ = _per_cpu_s(lambda: loops.loads_per_s(cycle, at, SLICE_S))  # noqa: B023
+        slices.append((begun_s, time.monotonic(), cpu, cpu / loads, clock))
     found = {"slices": slices, "misses": misses, "reconnects": cache.pool.reconnects}
     print(json.dumps(found), flush=True)
 
 
-def _readers(made: Daemons) -> list[Row]:
+def _per_cpu_s(run: Callable[[], float]) -> tuple[float, float]:
+    """What *run* says it did a second, by CPU time and by the clock."""
+    begun_s, begun_cpu_s = time.monotonic(), time.thread_time()
+    rate = run()
+    return rate * (time.monotonic() - begun_s) / (time.thread_time() - begun_cpu_s), rate
+
+
+def _readers(made: Daemons, rounds: int) -> list[Row]:
     """Question 2. The pool is filled."""
-    argv = (__file__, "--reader", str(made.folder))
+    lines = str(_catalog_lines(made.folder))
+    argv = (__file__, "--reader", str(made.folder), lines)
+    spans: list[dict[str, tuple[float, float]]] = []
     with workers(*(Worker(*argv, str(i), cpu_index=i) for i in range(2))) as crew:
         for worker in crew:
             worker.hear()
-        marks = [time.monotonic()]
-        time.sleep(BEFORE_S)
-        made.kill()
-        marks.append(time.monotonic())
-        time.sleep(ABSENT_S)
-        marks.append(time.monotonic())
-        made.start()
-        made.wait_ready()
-        marks.append(time.monotonic())
-        time.sleep(AFTER_S)
-        marks.append(time.monotonic())
+        for _ in range(rounds):
+            marks = list(_one_death(made))
+            spans.append(dict(zip(PHASES, itertools.pairwise(marks), strict=True)))
         for worker in crew:
             worker.say("end")
         told = [json.loads(worker.hear()) for worker in crew]
-    note = f"misses: {[t['misses'] for t in told]}, reconnects: {[t['reconnects'] for t in told]}"
-    spans = dict(zip(PHASES, itertools.pairwise(marks), strict=True))
-    per_cpu, per_wall = ({p: _rate(told, *spans[p], at) for p in PHASES} for at in (2, 3))
-    return [
-        Row(
-            f"2 readers, {phase}",
-            per_cpu[phase] / 1e6,
-            "M/s",
-            per_cpu["before"] / 1e6,
-            "before the daemon was killed",
-            per_cpu[phase] / per_cpu["before"],
-            READERS_BAR,
-            at_most=False,
-            note=f"by the clock {per_wall[phase] / per_wall['before']:.2f}; {note}",
-        )
-        for phase in PHASES[1:]
-    ]
+    misses, reconnects = ([t[what] for t in told] for what in ("misses", "reconnects"))
+    note = f"misses {misses}, reconnects {reconnects}"
+    return [_phase_row(told, spans, phase, note) for phase in PHASES[1:]]
 
 
-def _rate(told: list[dict[str, Any]], begin_s: float, end_s: float, at: int) -> float:
-    """Hits a second of both, in slices that lie between; mean of each, summed."""
-    return sum(
-        statistics.fmean(s[at] for s in one["slices"] if s[1] > begin_s and s[0] < end_s)
-        for one in told
+def _one_death(made: Daemons) -> Iterator[float]:
+    """Kill the daemon and start the next; yield when each phase begins, and the end."""
+    yield time.monotonic()
+    time.sleep(BEFORE_S)
+    made.kill()
+    yield time.monotonic()
+    time.sleep(ABSENT_S)
+    yield time.monotonic()
+    made.start()
+    made.wait_ready()
+    yield time.monotonic()
+    time.sleep(AFTER_S)
+    yield time.monotonic()
+
+
+def _phase_row(
+    told: list[dict[str, Any]], spans: list[dict[str, tuple[float, float]]], phase: str, note: str
+) -> Row:
+    def of(which: str, at: int) -> list[float]:
+        return [_mean(told, *one[which], at) for one in spans]
+
+    def ratio(at: int) -> float:
+        pairs = zip(of(phase, at), of("before", at), strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    return Row(
+        f"2 readers' hits, {phase}",
+        statistics.median(of(phase, 2)) * 2e-6,
+        "M/s",
+        statistics.median(of("before", 2)) * 2e-6,
+        "before the daemon was killed",
+        ratio(3),
+        READERS_BAR,
+        at_most=False,
+        note=f"the ratio is that of hits a raw load; by CPU time {ratio(2):.2f}, by the clock "
+        f"{ratio(4):.2f}; {note}",
     )
+
+
+def _mean(told: list[dict[str, Any]], begin_s: float, end_s: float, at: int) -> float:
+    """Over the slices of both that lie between, in part at least."""
+    inside = [s[at] for one in told for s in one["slices"] if s[1] > begin_s and s[0] < end_s]
+    return statistics.fmean(inside)
+
+
+def _catalog_lines(folder: Path) -> int:
+    """The cache lines that random hits read."""
+    cache = _cache(folder, "reader", reconnect=False)
+    super_ = cache._binding.attachment.handle.catalog
+    lines = int(super_.chunk_count) + int(super_.bucket_count)
+    cache.pool.close()
+    return lines
 
 
 # ---- under load ---------------------------------------------------------------------------------
@@ -344,7 +385,7 @@ def measure(rounds: int, chunks: int, kills: int) -> tuple[list[Row], dict[str, 
     flags = ("--no-populate", "--max-chunks", str(chunks + 4096), "--checksum", "off")
     with daemons(size, "--medium", "memfd", *flags) as made:
         there = _fill(made.folder, chunks)
-        rows = _takeovers(made, there, rounds) + _readers(made)
+        rows = _takeovers(made, there, rounds) + _readers(made, rounds)
     rows += _under_load(rounds)
     rows += _releases(kills)
     return rows, {"chunks": there, "kills": kills, "rounds": rounds}
@@ -355,10 +396,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--chunks", type=int, default=CHUNKS)
     parser.add_argument("--kills", type=int, default=KILLS)
-    parser.add_argument("--reader", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--reader", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.reader:
-        read(Path(options.reader[0]), int(options.reader[1]))
+        folder, lines, index = options.reader
+        read(Path(folder), int(index), int(lines))
         return 0
     rows, details = measure(options.rounds, options.chunks, options.kills)
     report("restart", rows, **details)
