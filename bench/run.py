@@ -163,6 +163,7 @@ def benches() -> list[Bench]:
         _python("idle", "--seconds", "5"),
         _python("verify", "--rounds", "3", "--chunks", "100000"),
         _python("attach", "--rounds", "5"),
+        _python("restart", "--rounds", "1", "--chunks", "100000", "--kills", "20"),
         _python("cuda", "--rounds", "3"),
         Bench("c_waste", (c_program("bench_waste"),), (), _waste_rows),
         Bench("c_arena", (c_program("bench_arena"),), ("100000",), _arena_rows),
