@@ -19,6 +19,9 @@ from bench import _storm_work
 from bench._storm_work import FIELDS, PATIENCE_S, Post
 from bench.common import HERE, _clean_environment
 
+from cenote.daemon.custody_holder import HolderCustody
+from cenote.shm.wire import close_all
+
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
 
@@ -70,7 +73,7 @@ class Daemons:
             *(sys.executable, str(PROGRAM), "--config", str(config)),
             *("--run-dir", str(folder), "--socket", str(folder / "pool.sock")),
             *("--name", self.name, "--size", str(size_bytes)),
-            *("--log-format", "text", *flags),
+            *("--log-format", "text", "--log-level", "DEBUG", *flags),
         ]
         self.process = self._spawn()
 
@@ -123,6 +126,16 @@ class Daemons:
         freed = self._spawn("--drop")
         freed.communicate(timeout=PATIENCE_S)
         return freed.returncode
+
+    def in_custody(self) -> list[str]:
+        """What the holder keeps for the next one; no daemon runs."""
+        custody = HolderCustody(self.folder, self.name)
+        try:
+            kept = custody.left()
+            close_all(kept.values())
+            return sorted(kept)
+        finally:
+            custody.close()
 
     def names(self) -> list[str]:
         """What is in /dev/shm under the pool's name."""

@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -183,11 +184,11 @@ def read(folder: Path, index: int, lines: int) -> None:
         at += 7_000_003
         begun_s = time.monotonic()
         try:
-            cpu, clock = _per_cpu_s(lambda: loops.hits_per_s(session, keys, at, SLICE_S))  # noqa: B023
+            cpu, clock = _per_cpu_s(partial(loops.hits_per_s, session, keys, at, SLICE_S))
         except RuntimeError:  # a miss: the index is being mended
             misses += 1
             continue
-        loads, _ = _per_cpu_s(lambda: loops.loads_per_s(cycle, at, SLICE_S))  # noqa: B023
+        loads, _ = _per_cpu_s(partial(loops.loads_per_s, cycle, at, SLICE_S))
         slices.append((begun_s, time.monotonic(), cpu, cpu / loads, clock))
     found = {"slices": slices, "misses": misses, "reconnects": cache.pool.reconnects}
     print(json.dumps(found), flush=True)

@@ -26,7 +26,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,6 +51,20 @@ TAIL: Final = 60
 VIOLATIONS_MAX: Final = 20  # from here on it is the same again and again
 FORGET_S: Final = 30.0  # until a daemon has taken dead sessions out of custody
 
+WEIGHTS: Final = {
+    "kill_client": 40,
+    "stop_client": 20,
+    "end_client": 5,
+    "kill_holder": 3,
+    "kill_daemon": 12,
+    "kill_newborn": 5,
+    "kill_everybody": 2,
+    "end_daemon": 3,
+    "replace_daemon": 3,
+    "supplant_daemon": 5,
+    "stop_daemon": 5,
+}
+
 Files = tuple[int | None, int | None]  # open descriptors of a daemon and of its holder
 
 
@@ -67,26 +80,13 @@ class Storm(Blows):
         """Everything, until the time is over or nothing is as it should be."""
         before = self._open_files()
         self.clients.fill_up()
-        actions: dict[Callable[[], None], int] = {
-            self.kill_client: 40,
-            self.stop_client: 20,
-            self.end_client: 5,
-            self.kill_holder: 3,
-            self.kill_daemon: 12,
-            self.kill_newborn: 5,
-            self.replace_daemon: 3,
-            self.kill_everybody: 2,
-            self.end_daemon: 3,
-            self.supplant_daemon: 5,
-            self.stop_daemon: 5,
-        }
         self.wait(1.0)  # of an empty pool nothing is to be lost
         until_s = time.monotonic() + seconds
         while time.monotonic() < until_s and len(self.violations) < VIOLATIONS_MAX:
             self.wait(self._rng.uniform(0.02, 0.6))
-            (action,) = self._rng.choices(list(actions), weights=list(actions.values()))
-            self.counts[action.__name__] += 1
-            action()
+            (action,) = self._rng.choices(list(WEIGHTS), weights=list(WEIGHTS.values()))
+            self.counts[action] += 1
+            getattr(self, action)()
             self.look()
         self._come_to_rest()
         self._leave_nothing(before)
@@ -157,6 +157,8 @@ class Storm(Blows):
             self.daemons.signal(signal.SIGCONT)
             self.daemons.signal(signal.SIGTERM)
         self.daemons.wait()
+        if self.violations:
+            self.say(f"in custody: {self.daemons.in_custody()}")
         if (status := self.daemons.drop()) != 0:
             self.violation(f"cenoted --drop ended with status {status}")
         if names := self.daemons.names():

@@ -245,8 +245,10 @@ class Holder:
             send(peer, ["ok", str(os.getpid()), self._me])
         elif verb == "drop":
             gone = [self._kept.pop(name) for name in words if name in self._kept]
-            send(peer, ["ok"])
-            close_all(gone)  # after the reply: the last reference to a large object takes a while
+            try:
+                send(peer, ["ok"])
+            finally:  # after the reply: the last reference to a large object takes a while
+                close_all(gone)
         elif verb == "left":
             names = self._page(words)
             send(peer, ["ok", str(len(self._kept)), *names], [self._kept[name] for name in names])

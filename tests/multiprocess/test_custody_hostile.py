@@ -7,6 +7,7 @@ import array
 import contextlib
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tests.multiprocess.custody_bed import STOP_S, Bed, has_hung_up, pid_of, seq
 
 from cenote.daemon import holder
 from cenote.daemon.custody import CustodyError
+from cenote.daemon.custody_holder import HolderCustody
 from cenote.daemon.holder import BATCH_MAX, KEPT_MAX, MESSAGE_MAX_BYTES
 
 OTHER_UID: Final = 65_534
@@ -189,6 +191,26 @@ def test_nothing_leaks(bed: Bed) -> None:
     assert descriptors_of(pid) == before
     # /dev/null three times, the lock, the socket, the connection, and what is kept
     assert before == 7
+
+
+@root_sees
+def test_what_a_dead_daemon_dropped_is_closed(bed: Bed) -> None:
+    """
+    The answer reaches nobody, and the descriptors are given back all the same.
+    """
+    custody = bed.custody()
+    custody.keep({name: bed.memory() for name in ("a", "b", "stays")})
+    pid = pid_of(custody)
+    before = descriptors_of(pid)
+    os.kill(pid, signal.SIGSTOP)
+    assert isinstance(custody, HolderCustody)
+    assert custody._sock is not None
+    holder.send(custody._sock, ["drop", "a", "b"])
+    custody.close()
+    os.kill(pid, signal.SIGCONT)
+
+    assert set(take(bed.custody())) == {"stays"}
+    assert descriptors_of(pid) == before - 2
 
 
 def test_a_silent_connection_keeps_nobody_away(bed: Bed) -> None:
