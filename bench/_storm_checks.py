@@ -17,7 +17,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -207,7 +207,7 @@ class Witness:
     def follow(self) -> None:
         """Read on in the diaries, then in the feed, and judge what was flushed."""
         promised = [(name, line) for name, line in self._diaries.lines() if self._told(name, line)]
-        self._read_feed()
+        self.read_feed()
         for name, line in promised:
             self.flushed += len(line["keys"])
             lost = [i for i in line["keys"] if not self._accounted(i, line["since"])]
@@ -228,7 +228,8 @@ class Witness:
     def _accounted(self, i: int, since: int) -> bool:
         return i in self.feed.live or self.feed.last.get(i, 0) >= since or self.there(i)
 
-    def _read_feed(self) -> None:
+    def read_feed(self) -> None:
+        """Read on in the feed."""
         while found := self._follower.read():
             for item in found:
                 if isinstance(item, Gap):
@@ -286,7 +287,7 @@ class Witness:
     def compare(self, before: Still, what: str) -> list[int]:
         """Return what was there and is not, though the feed does not say that it left."""
         after = self.take()
-        self._read_feed()
+        self.read_feed()
         gone = before.live - after.live
         silent = [i for i in gone if self.feed.last.get(i, 0) < before.head and not self.there(i)]
         if silent and before.exact:
@@ -297,7 +298,7 @@ class Witness:
     def at_death(self, before: Still, what: str) -> Still:
         """The pool as a dead daemon left it; what it was before is compared."""
         still = self.take(exact=True)
-        self._read_feed()
+        self.read_feed()
         gone = before.live - still.live
         silent = [i for i in gone if self.feed.last.get(i, 0) < before.head]
         self.untold = max(self.untold, len(silent))
@@ -373,10 +374,10 @@ class Witness:
                 self._violation(f"{name}: {counters[name]}")
         return counters
 
-    def check_all(self, keys: int) -> int:
+    def check_all(self, numbers: Iterable[int]) -> int:
         """Look at every byte of every chunk there is; return how many chunks that were."""
         found = 0
-        for i in range(keys):
+        for i in numbers:
             chunk = self.cache.get(key_of(i))
             if chunk is not None:
                 check(i, chunk.memory)

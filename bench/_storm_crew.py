@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import select
 import signal
 import subprocess
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 PROGRAM: Final = HERE / "_storm_daemon.py"
 LOG: Final = "cenoted.log"
+EVENT_SLOTS: Final = 1 << 18
 BAD_WORDS: Final = ("Traceback", "pool_not_kept", "audit_failed", "check_failed", "cannot_start")
 
 
@@ -68,7 +70,8 @@ class Daemons:
         self.name = f"storm{os.getpid()}"
         self.log = folder / LOG
         config = folder / "cenoted.toml"
-        config.touch()  # so that this host's own is not read
+        # A file of our own, and a feed that a witness without CPU does not lose at once.
+        config.write_text(f"[[pool]]\nname = '{self.name}'\nevent_slots = {EVENT_SLOTS}\n")
         self._argv = [
             *(sys.executable, str(PROGRAM), "--config", str(config)),
             *("--run-dir", str(folder), "--socket", str(folder / "pool.sock")),
@@ -141,6 +144,11 @@ class Daemons:
         """What is in /dev/shm under the pool's name."""
         prefix = f"cenote.{os.geteuid()}.{self.name}."
         return sorted(p.name for p in Path("/dev/shm").iterdir() if p.name.startswith(prefix))
+
+    def repairs(self) -> list[int]:
+        """How many things each takeover had to put right."""
+        text = self.log.read_text(errors="replace")
+        return [int(found) for found in re.findall(r"pool_taken_over .*repaired=(\d+)", text)]
 
     def complaints(self) -> list[str]:
         """Lines of the log that must not be there."""

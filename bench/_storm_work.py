@@ -33,6 +33,9 @@ from cenote.client.connection import Backoff
 MANIFEST: Final = Manifest("storm", "bytes", "uint8", 16)
 SIZES: Final = (1, 4096, 5000, 20_000, 65_536, 65_537, 131_072, 300_001)
 CHAIN: Final = 6
+HAIL: Final = 1 << 20  # keys from here on are of one byte: many changes for the keeper at once
+HAIL_KEYS: Final = 4096
+HAIL_BATCH: Final = 128
 MAILBOX: Final = "token"
 TALLIES: Final = "tallies"
 FIELDS: Final = (
@@ -60,7 +63,7 @@ def number_of(key: bytes) -> int:
 def bytes_of(i: int) -> bytes:
     """What must be stored under the i-th key: its length too is a function of it."""
     at = i * 7919 % _PERIOD
-    return _NOISE[at : at + SIZES[i % len(SIZES)]]
+    return _NOISE[at : at + (1 if i >= HAIL else SIZES[i % len(SIZES)])]
 
 
 class WrongByte(Exception):
@@ -268,6 +271,14 @@ class Client:
             for i, address, length in places:
                 self.count("checked", check(i, ctypes.string_at(address, length)))
 
+    def read_hail(self) -> None:
+        """Look at a batch of small ones."""
+        first = HAIL + self._rng.randrange(HAIL_KEYS - CHAIN)
+        for i in range(first, first + CHAIN):
+            chunk = self._cache.get(key_of(i))
+            if chunk is not None:
+                self.count("checked", check(i, chunk.memory))
+
     def look_again(self) -> None:
         """What is kept for long has its bytes still."""
         for i, view in self._kept:
@@ -353,6 +364,17 @@ class Client:
         else:
             getattr(self._cache, verb)(keys, timeout_s=1.0)
 
+    def hail(self) -> None:
+        """Small chunks come and go, so that the keeper is in the middle of something."""
+        first = HAIL + self._rng.randrange(HAIL_KEYS - HAIL_BATCH)
+        numbers, since = range(first, first + HAIL_BATCH), self._head
+        keys = b"".join(key_of(i) for i in numbers)
+        for _ in range(2):
+            self._cache.put_many(keys, [bytes_of(i) for i in numbers], wait_ms=50)
+            self._cache.delete(keys, timeout_s=1.0)
+        done = self._cache.put_many(keys, [bytes_of(i) for i in numbers], wait_ms=50)
+        self._owe(since, list(numbers)[:done])
+
     def fill_ring(self) -> None:
         """Ask for more at once than the ring takes; while the daemon is away it stays full."""
         keys = b"".join(key_of(self._rng.randrange(self._keys)) for _ in range(3000))
@@ -379,11 +401,15 @@ class Client:
 Verb = Callable[[Client], None]
 READING: Final[list[Verb]] = [
     *([Client.get] * 6 + [Client.get_many] * 4 + [Client.lease_many] * 2),
-    *(Client.look_again, Client.take_token, Client.hand_over, Client.attach_anew),
+    *(Client.read_hail, Client.look_again, Client.take_token, Client.hand_over, Client.attach_anew),
 ]
 WRITING: Final[list[Verb]] = [
     *([Client.put_in_place] * 5 + [Client.put_copied] * 5 + [Client.put_chain] * 4),
-    *([Client.flush] * 3 + [Client.put_and_abort, Client.change, Client.fill_ring]),
+    *(
+        [Client.flush] * 3
+        + [Client.hail] * 2
+        + [Client.put_and_abort, Client.change, Client.fill_ring]
+    ),
 ]
 
 

@@ -33,7 +33,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a script, from anywhere
     sys.path.append(str(ROOT))
 
-from bench._storm_blows import KEYS, Blows  # noqa: E402  # needs the path above
+from bench._storm_blows import KEYS, VIOLATIONS_MAX, Blows  # noqa: E402  # path above
 from bench._storm_checks import (  # noqa: E402
     WINDOW_S,
     eventually_not,
@@ -42,13 +42,12 @@ from bench._storm_checks import (  # noqa: E402
     open_files,
     spread,
 )
-from bench._storm_work import FIELDS, PATIENCE_S  # noqa: E402
+from bench._storm_work import FIELDS, HAIL, HAIL_KEYS, PATIENCE_S  # noqa: E402
 
 from cenote.client import PoolGone, Timeout  # noqa: E402
 
 SECONDS: Final = 60.0
 TAIL: Final = 60
-VIOLATIONS_MAX: Final = 20  # from here on it is the same again and again
 FORGET_S: Final = 30.0  # until a daemon has taken dead sessions out of custody
 
 WEIGHTS: Final = {
@@ -133,7 +132,7 @@ class Storm(Blows):
 
     def _leave_nothing(self, before: Files) -> None:
         self.counters = self.witness.settle()
-        self.checked_at_end = self.witness.check_all(KEYS)
+        self.checked_at_end = self.witness.check_all([*range(KEYS), *range(HAIL, HAIL + HAIL_KEYS)])
         self.witness.at_death(self.witness.take(), "at rest")
         begun_s = time.monotonic()
         after = self._files()
@@ -176,6 +175,7 @@ class Storm(Blows):
             "pool": self.pool,
             "violations": self.violations,
             "actions": dict(self.counts),
+            "changes_repaired": sum(self.daemons.repairs()),
             "daemons_started": self.witness.starts,
             "restart_to_first_hit_s": spread(self.restarts_s),
             "session_gone_after_client_death_s": spread(self.releases_s),
@@ -209,12 +209,13 @@ def storm(seconds: float, seed: int) -> dict[str, Any]:
         raise
     finally:
         found.close()
+        report = {"seed": seed, "seconds": seconds, **found.report()}
         if found.violations:
-            print(*found.log[-TAIL:], sep="\n", file=sys.stderr)
+            print(*found.violations[:1], *found.log[-TAIL:], sep="\n", file=sys.stderr)
             print(f"seed {seed}; kept: {folder}", file=sys.stderr)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    return {"seed": seed, "seconds": seconds, **found.report()}
+    return report
 
 
 def main() -> int:
