@@ -12,14 +12,14 @@
 #include "cn_crash.h"
 #include "scenarios.h"
 
-static jmp_buf death;
+static sigjmp_buf death;
 static const char *deadly;
 static struct cn_keeper *first; /* pool.keeper is what a schedule before this one left there */
 
 static void on_point(const char *point)
 {
     if (strcmp(point, deadly) == 0)
-        longjmp(death, 1);
+        siglongjmp(death, 1);
 }
 
 /* Take the only extent away from A, and commit B in it. */
@@ -42,7 +42,7 @@ static void die_and_be_followed(const char *point)
     pool.keeper = first;
     deadly = point;
     cn_crash_hook = on_point;
-    if (setjmp(death) == 0)
+    if (sigsetjmp(death, 0) == 0)
         refill();
     cn_crash_hook = NULL;
     pool_take_over();

@@ -36,19 +36,9 @@ def nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def started(cenoted: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Return a function that starts a daemon; what it leaves is dropped."""
-    made: list[Any] = []
-
-    def start(**options: Any) -> Any:
-        made.append(cenoted(**options))
-        return made[-1]
-
-    yield start
-    for one in made:
-        one.stop()
-        drop = [sys.executable, "-m", "cenote.daemon.main", *one.argv, "--drop"]
-        subprocess.run(drop, check=True, stderr=subprocess.DEVNULL)
+def started(cenoted: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that starts a daemon whose pool outlives it, until the test ends."""
+    return lambda **options: cenoted(keep=True, **options)
 
 
 @pytest.fixture
