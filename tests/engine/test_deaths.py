@@ -135,3 +135,24 @@ def test_an_engine_outlives_its_daemon_and_finds_the_next(
 
     assert again.cached == 512
     assert again.tokens == tokens[5]
+
+
+def test_an_engine_goes_on_with_its_pool_when_the_daemon_was_killed(
+    engines: Engines, model: Models, cenoted: Daemons
+) -> None:
+    """
+    kill -9 of the daemon, then another one: what was stored before is loaded, and stored no more.
+    """
+    first = cenoted(size="128MiB", medium="memfd", keep=True)
+    engine = engines(model(), connector=cenote_connector(first.socket))
+    prompt = prompt_of(700)
+    with watching(first.socket) as pool:
+        store(engine, pool, [prompt], 2)
+    first.kill()
+    second = cenoted(size="128MiB", medium="memfd", path=first.socket, pool=first.pool, keep=True)
+    with watching(second.socket) as pool:
+        assert pool.stats().chunks == 2
+        assert engine.reset()
+        assert engine.ask(prompt, max_tokens=1).cached == 512
+        assert pool.stats().commits == 2
+    assert second.events("pool_taken_over")[0]["chunks"] == 2
