@@ -33,7 +33,7 @@ from .pools import PoolChange, ServedPool
 
 PR_SET_DUMPABLE: Final = 4
 DESCRIPTORS_WANTED: Final = 65_536
-DESCRIPTORS_NEEDED: Final = 8192
+DESCRIPTORS_NEEDED: Final = 10_240  # a takeover has nine of each session for a moment
 EXIT_OK: Final = 0
 EXIT_WRONG: Final = 1
 EXIT_USAGE: Final = 2
@@ -77,11 +77,23 @@ class Daemon:
             served.claim()
         anew = [s for s in self._pools if not s.take_over(reformat=self._startup.reformat)]
         log_unclaimed(pool.name for pool in self._config.pools)
-        media.check_rooms([want for pool in anew for want in pool.spec.wants()])
+        self._check_rooms(anew)
         for served in anew:
             total = sum(bytes_ for _, bytes_ in served.spec.wants())
             with media.terminal_progress(f"pool {served.name}", total) as progress:
                 served.make(progress)
+
+    @staticmethod
+    def _check_rooms(anew: list[ServedPool]) -> None:
+        """A pool that could not be kept is given up before the daemon does not start for it."""
+        wants = [want for pool in anew for want in pool.spec.wants()]
+        try:
+            media.check_rooms(wants)
+        except media.NoRoom:
+            given_up = [pool.give_up_spared() for pool in anew]  # all of them
+            if True not in given_up:
+                raise
+            media.check_rooms(wants)
 
     def drop(self) -> None:
         """Let go of all pools: of a start that failed, or was stopped. Idempotent."""

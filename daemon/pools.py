@@ -6,11 +6,13 @@ background task, a reload.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from cenote.shm import media, takeover
 from cenote.shm.custody import name_in
@@ -31,11 +33,13 @@ from .scrub import Scrubber
 from .server import PoolServer
 from .service import PoolService
 
+PLACE_BYTES: Final = 4  # of a pool id
+
 log = get_log(__name__)
 
 
-def spec_of(pool: PoolConfig) -> PoolSpec:
-    """Return what the objects of *pool* are made from."""
+def spec_of(pool: PoolConfig, place: bytes = b"") -> PoolSpec:
+    """Return what the objects of *pool* are made from; *place*: see PoolSpec."""
     return PoolSpec(
         name=pool.name,
         regions=tuple(
@@ -57,6 +61,7 @@ def spec_of(pool: PoolConfig) -> PoolSpec:
         low_water=pool.low_water,
         checksum=pool.checksum,
         reader_lease_share=pool.reader_lease_share,
+        place=place,
     )
 
 
@@ -83,12 +88,16 @@ class ServedPool:
     def __init__(self, config: DaemonConfig, pool: PoolConfig, *, by_force: bool = False) -> None:
         self.config = pool
         self.socket_path = config.socket_of(pool)
-        self.spec = spec_of(pool)
+        # The lock is the socket's, and so is what its daemons leave; not what lies elsewhere.
+        place = hashlib.sha256(os.path.abspath(self.socket_path).encode()).digest()
+        self.spec = spec_of(pool, place[:PLACE_BYTES])
         self._run_dir = Path(config.run_dir)
         self._lock = PoolLock(pool.name, self.socket_path, take_over=by_force)
         self._custody: Custody = NoCustody()
         self._access = AccessTable(pool)
+        self._spared_names: list[str] = []  # what custody has of it
         self._in_doubt = False  # are there chunks to be checked since a dirty start (I9)?
+        self._taken_over = False
         self._spared: bytes | None = None  # a pool id that could not be kept, and is left alone
         self._host: PoolHost | None = None
         self._server: PoolServer | None = None
@@ -144,14 +153,20 @@ class ServedPool:
             self._drop_others(None)
             return False
         kept = self._custody.left()
+        place = self.spec.place.hex()
+        others = {name: kept.pop(name) for name in list(kept) if not name.startswith(place)}
+        close_all(others.values())
         try:
             left = None if reformat else self._found(kept)
             if left is not None and self._adopted(left):
                 self._custody.drop(kept.keys() - self.host.names_kept())
                 self._drop_others(left.pool_id)
                 return True
+            if any(region.medium.kind == "file" for region in self.spec.regions):
+                self._spared = None  # its place is needed
             mark = name_in(self._spared, "") if self._spared else "none of them"
-            self._custody.drop([name for name in kept if not name.startswith(mark)])
+            self._spared_names = [name for name in kept if name.startswith(mark)]
+            self._custody.drop(kept.keys() - set(self._spared_names))
             self._drop_others(self._spared)
             return False
         finally:
@@ -176,10 +191,11 @@ class ServedPool:
         try:
             self._host, found = PoolHost.adopt(self.spec, left, self._custody)
         except takeover.CannotKeep as error:
-            self._spared = left.pool_id  # its readers live, perhaps
+            self._spared = error.pool_id
             log.warning("pool_not_kept", pool=self.name, error=str(error))
             return False
         self._in_doubt = found["unverified"] > 0
+        self._taken_over = True
         log.info(
             "pool_taken_over",
             pool=self.name,
@@ -227,6 +243,8 @@ class ServedPool:
     def serve(self, destroyed: Callable[[ServedPool], None]) -> None:
         """Listen. Called in the event loop; *destroyed* is called when an admin says so."""
         service = PoolService(self.host, self.config, self._access, lambda: destroyed(self))
+        if self._taken_over:
+            service.adopt_sessions()
         self._server = PoolServer(service, self.socket_path)
         self._server.look_for_ends()  # of sessions that ended while no daemon was there
         self._scrub()
@@ -304,13 +322,31 @@ class ServedPool:
             scrubber.stop()
         host, self._host = self._host, None
         if host is not None:
-            keep = keep and not self.config.ephemeral
+            keep = keep and not self.config.ephemeral and self._in_custody()
             self._say_what_becomes(host, keep)
             if not keep:
                 self._custody.dissolve()
             host.close(keep=keep)
         self._custody.close()
         self._lock.release()
+
+    def _in_custody(self) -> bool:
+        """Is what has no name kept still? A holder that was killed is replaced here."""
+        try:
+            self._custody.keep({})
+        except CenoteError as error:
+            log.error("pool_not_kept", pool=self.name, exc=error)  # noqa: TRY400 - our log
+            return False
+        return True
+
+    def give_up_spared(self) -> bool:
+        """Drop what could not be kept, for want of room; return whether there was something."""
+        if self._spared is None:
+            return False
+        self._custody.drop(self._spared_names)
+        self._spared = None
+        self._drop_others(None)
+        return True
 
     def _say_what_becomes(self, host: PoolHost, keep: bool) -> None:
         event = "pool_kept" if keep else "pool_dropped"

@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from cenote.shm.errors import LimitReached, ManifestMismatch, PoolGone
+from cenote.shm.errors import CenoteError, LimitReached, ManifestMismatch, PoolGone
 from cenote.shm.host import SERVER, PoolHost
-from cenote.shm.identity import Peer, pid_of_pidfd, start_ns
+from cenote.shm.identity import Peer, groups_of, pid_of_pidfd, start_ns
 from cenote.shm.manifest import namespace_id
 from cenote.shm.manifest import parse as parse_manifest
-from cenote.shm.media import NoRoom
 from cenote.shm.messages import ROLES, Hello, parse_hello, parse_lost, parse_namespace
 from cenote.shm.offer import SessionOffer
 from cenote.shm.session import Welcome, descriptor_names, new_hello
@@ -170,10 +169,21 @@ class PoolService:
         welcome = self.host.resume(wanted.session, wanted.nonce, peer)
         if welcome is None:
             return None
-        if ROLES[role] < ROLES[welcome.role]:
-            self.host.demote(wanted.session, wanted.nonce, role)
+        left = self.access.remaining(peer, welcome.role)
+        if left != welcome.role:
+            self.host.demote(wanted.session, wanted.nonce, left)
             return None  # it attaches anew
-        return welcome if welcome.role == wanted.role else None
+        return welcome if welcome.role == wanted.role and ROLES[role] >= ROLES[left] else None
+
+    def adopt_sessions(self) -> None:
+        """Whoever was attached before this daemon may do what its user may do now, no more."""
+        for found in self.host.sessions():
+            role = next(name for name, number in ROLES.items() if number == found["role"])
+            peer = peer_of(found)
+            self._holders[found["session"]] = Caller(
+                peer, role, int(found["session"]), int(found["nonce"])
+            )
+        self._demote()
 
     def _check_version(self, hello: Hello) -> None:
         low, high = hello.protocol
@@ -206,7 +216,7 @@ class PoolService:
             )
         except PoolGone as error:
             raise Refusal("retired", str(error)) from error
-        except (LimitReached, NoRoom, MemoryError) as error:
+        except (CenoteError, MemoryError) as error:  # a limit, no room, no custody
             raise Refusal("limit", f"pool {name!r}: {error}") from error
         except OSError as error:
             log.warning("session_refused", pool=name, exc=error)
@@ -257,7 +267,9 @@ class PoolService:
             fields = {key: list(pair) for key, pair in error.fields.items()}
             raise Refusal("manifest_mismatch", str(error), fields) from error
         own.add(ident)
-        self._quota_of.setdefault(slot, caller.peer)
+        if slot not in self._quota_of:  # it may be older than this daemon's configuration
+            self._quota_of[slot] = caller.peer
+            self.host.set_quota(slot, tenant.quota_bytes)
         return {"slot": slot, "namespace_id": ident}
 
     def _stats(self, _caller: Caller, _body: Mapping[str, Any]) -> dict[str, Any]:
@@ -402,6 +414,19 @@ def welcome_fields(request_id: int, welcome: Welcome, names: list[str]) -> dict[
         pid=welcome.server_pid,
         **({"resumed": True} if welcome.resumed else {}),
     )
+
+
+def peer_of(session: Mapping[str, Any]) -> Peer:
+    """
+    Return who has a session that is older than this daemon.
+
+    Its further groups are those of the process, where it is still the one that attached; else it
+    has none, and a session that had its role by one of them becomes a reader's until it says hello.
+    """
+    pid, gid = int(session["pid"]), int(session["gid"])
+    same = pid > 0 and start_ns(pid) == session["start_ns"] != 0
+    groups = groups_of(pid) if same else frozenset()
+    return Peer(pid, int(session["uid"]), gid, groups | {gid})
 
 
 def _checked_pidfd(peer: Peer, descriptors: tuple[int, ...]) -> int:

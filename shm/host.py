@@ -85,11 +85,12 @@ class PoolHost:
             CenoteError, OSError: The C core or the kernel refused.
         """
         objects = PoolObjects.make(spec, progress or (lambda _bytes: None), stop)
+        host = cls(objects, custody or Nowhere())
         try:
-            host = cls(objects, custody or Nowhere())
             host._keep_objects()
             host._start(new_keeper(objects))
         except BaseException:
+            host._end_keeper()
             objects.close(unlink=True)
             raise
         return host
@@ -114,13 +115,13 @@ class PoolHost:
             objects = PoolObjects.open(spec, left.pool_id, left.parts)
         except (CenoteError, OSError) as error:
             raise CannotKeep(f"pool {spec.name!r} cannot be taken over: {error}") from error
+        host = cls(objects, custody)
         try:
-            host = cls(objects, custody)
-            host._keep_objects()
             adopted = adopt_keeper(objects, left.sessions)
             host._kept |= set(adopted.sessions)
             host._start(adopted.keeper)
         except BaseException:
+            host._end_keeper()
             objects.close(unlink=False)
             raise
         return host, adopted.found
@@ -131,13 +132,9 @@ class PoolHost:
             self._custody.keep(nameless)
 
     def _start(self, keeper: CData) -> None:
-        try:
-            check(_core.lib.cn_keeper_start(keeper), f"start the keeper of {self.spec.name!r}")
-        except BaseException:
-            _core.lib.cn_keeper_destroy(keeper)
-            raise
-        self._keeper = keeper
+        self._keeper = keeper  # before it runs: whoever interrupts us stops it by close()
         self._super = _core.ffi.cast("struct cn_super *", self._objects.catalog)
+        check(_core.lib.cn_keeper_start(keeper), f"start the keeper of {self.spec.name!r}")
 
     # ---- facts ----------------------------------------------------------------------------------
 
@@ -210,6 +207,7 @@ class PoolHost:
         return {
             "label": _core.ffi.string(entry.label).decode("utf-8", "replace"),
             "attached_ns": int(entry.attached_ns),
+            "start_ns": int(entry.start_ns),
             "lease_limit_bytes": int(entry.lease_limit_bytes),
             # Our client library keeps the limit: this client is another one.
             "over_limit": bool(info.leased_bytes > entry.lease_limit_bytes),
@@ -488,6 +486,10 @@ class PoolHost:
 
         Clients keep what they have mapped: with no keeper nothing changes under them any more.
         """
+        self._end_keeper()
+        self._objects.close(unlink=not keep)
+
+    def _end_keeper(self) -> None:
         with self._idle:
             keeper, self._keeper = self._keeper, None
             self._idle.wait_for(lambda: self._commands == 0)
@@ -495,4 +497,3 @@ class PoolHost:
         if keeper is not None:
             _core.lib.cn_keeper_stop(keeper)
             _core.lib.cn_keeper_destroy(keeper)
-        self._objects.close(unlink=not keep)

@@ -94,6 +94,19 @@ def start_ns(pid: int, proc: Path = PROC) -> int:
     return ticks * (1_000_000_000 // os.sysconf("SC_CLK_TCK"))
 
 
+def groups_of(pid: int, proc: Path = PROC) -> frozenset[int]:
+    """Return the supplementary groups of process *pid*; none when that cannot be known."""
+    try:
+        status = (proc / str(pid) / "status").read_text()
+    except OSError:
+        return frozenset()
+    for line in status.splitlines():
+        name, _, value = line.partition(":")
+        if name == "Groups":
+            return frozenset(int(word) for word in value.split() if word.isdigit())
+    return frozenset()
+
+
 def pid_of_pidfd(fd: int, proc: Path = PROC) -> int | None:
     """
     Return the pid that the pidfd *fd* stands for, or None when it is no pidfd.

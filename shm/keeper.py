@@ -101,7 +101,10 @@ def adopt_keeper(objects: PoolObjects, sessions: Sequence[KeptSession]) -> Adopt
             made,
         )
         if status != _core.lib.CN_OK:
-            raise CannotKeep(f"pool {objects.spec.name!r} cannot be taken over: {_why(status)}")
+            # What contradicts itself is worth a look; what nobody could take over is not.
+            worth = objects.pool_id if status == _core.lib.CN_ECORRUPT else None
+            why = f"pool {objects.spec.name!r} cannot be taken over: {_why(status)}"
+            raise CannotKeep(why, worth)
         undo.pop_all()  # segments and descriptors are the keeper's
     names = [name for name, _ in _core.ffi.typeof("struct cn_recovery").fields]
     return Adopted(

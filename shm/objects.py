@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from cenote._native import _core
 
@@ -24,6 +24,7 @@ from .pool_spec import PoolSpec, catalog_bytes, format_of, medium_name
 from .session import Region
 
 Progress = Callable[[int], None]
+POOL_ID_BYTES: Final = 16
 
 
 class PoolObjects:
@@ -54,7 +55,7 @@ class PoolObjects:
         Nothing is left behind when this raises: see PoolHost.create().
         """
         _guard_copies(spec)
-        made = cls(spec, secrets.token_bytes(16))
+        made = cls(spec, spec.place + secrets.token_bytes(POOL_ID_BYTES - len(spec.place)))
         try:
             made._make(progress, stop)
         except BaseException:

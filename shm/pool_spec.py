@@ -36,6 +36,7 @@ class PoolSpec:
     """
     What a pool is made of. Sizes are bytes.
 
+    place begins the pool id: daemons of one lock, and of no other, have the same.
     policy, high_water, low_water, checksum and reader_lease_share can be changed later.
     """
 
@@ -49,6 +50,7 @@ class PoolSpec:
     low_water: float = 0.98
     checksum: str = "lazy"
     reader_lease_share: float = 0.25
+    place: bytes = b""
 
     @property
     def catalog_medium(self) -> MediumSpec:

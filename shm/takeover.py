@@ -115,7 +115,7 @@ def _superblocks(spec: PoolSpec, kept: Mapping[str, int]) -> Iterator[tuple[CDat
             yield found, "the catalog in custody"
     if spec.catalog_medium.kind != "shm":
         return
-    for stale in media.list_stale(spec.name, os.geteuid()):
+    for stale in media.list_stale(spec.name, os.geteuid(), place=spec.place.hex()):
         if stale.name.part != CATALOG:
             continue
         found = _read_path(stale.path)
@@ -226,12 +226,13 @@ def drop_names(spec: PoolSpec, keep_id: bytes | None) -> list[tuple[str, int]]:
     uid = os.geteuid()
     keep = keep_id.hex()[:16] if keep_id is not None else ""
     gone = []
-    for stale in media.list_stale(spec.name, uid):
+    for stale in media.list_stale(spec.name, uid, place=spec.place.hex()):
         if stale.name.pool_id != keep:
             stale.path.unlink(missing_ok=True)
             gone.append((str(stale.name), stale.bytes))
     for region in spec.regions:
         if region.medium.kind == "file":
-            owner = media.unlink_stale_file(region.medium, spec.name, uid, keep)
+            place = spec.place.hex()
+            owner = media.unlink_stale_file(region.medium, spec.name, uid, keep, place=place)
             gone += [(str(region.medium.path), region.bytes)] if owner else []
     return gone

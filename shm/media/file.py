@@ -113,11 +113,14 @@ def open_file(spec: MediumSpec, name: ObjectName, bytes_: int) -> FileObject:
     return FileObject(spec, name, fd, bytes_, str(path))
 
 
-def unlink_stale_file(spec: MediumSpec, pool: str, uid: int, keep: str = "") -> Owner | None:
+def unlink_stale_file(
+    spec: MediumSpec, pool: str, uid: int, keep: str = "", *, place: str = ""
+) -> Owner | None:
     """
     Unlink what a dead daemon of *pool*, run by *uid*, left at the path; None if nothing is there.
 
-    The caller holds the lock of the pool. What belongs to the pool id *keep* stays.
+    The caller holds the lock of the pool. What belongs to the pool id *keep* stays; what has a pool
+    id that begins with *place* is a dead daemon's, whoever holds a lock on it: see list_stale().
 
     Raises:
         MediumError: Something else is there: it is named and left alone.
@@ -141,7 +144,7 @@ def unlink_stale_file(spec: MediumSpec, pool: str, uid: int, keep: str = "") -> 
         )
     if owner.name.pool_id == keep:
         return None
-    if not owner.dead:
+    if not owner.dead and not (place and owner.name.pool_id.startswith(place)):
         raise MediumError(
             f"{path} is in use by a living daemon of pool {pool!r}. Stop that one, or name "
             "another path"

@@ -89,16 +89,19 @@ def open_shm(spec: MediumSpec, name: ObjectName, bytes_: int) -> ShmObject:
 
 
 def take_ownership(fd: int, what: str, uid: int, bytes_: int, more: int = 0) -> None:
-    """Lock what a dead daemon left; MediumError when it is not ours, or *bytes_* and *more* long"""
+    """
+    Check what a dead daemon left; MediumError when it is not ours, or not *bytes_* and *more* long.
+
+    Clients have descriptors of it, so that a lock on it says nothing (the pool's own lock does);
+    it is taken where it is free, for daemons that look for it.
+    """
     found = os.fstat(fd)
     if found.st_uid != uid:
         raise MediumError(f"{what} belongs to uid {found.st_uid}, not to {uid}")
     if found.st_size != bytes_ + more:
         raise MediumError(f"{what} has {found.st_size} bytes, and {bytes_ + more} were expected")
-    try:
+    with contextlib.suppress(BlockingIOError):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise MediumError(f"{what} is in use by a living daemon: stop that one first") from error
 
 
 def truncate(fd: int, bytes_: int, what: str) -> None:
@@ -123,20 +126,27 @@ class StaleObject:
     bytes: int
 
 
-def list_stale(pool: str, uid: int, shm_dir: Path = SHM_DIR) -> list[StaleObject]:
+def list_stale(
+    pool: str, uid: int, shm_dir: Path = SHM_DIR, *, place: str = ""
+) -> list[StaleObject]:
     """
     Return the named objects that dead daemons of *pool*, run by *uid*, left behind.
 
-    The caller holds the lock of the pool. An object whose creator lives (a daemon with another run
-    directory) is not in the list, nor is one that belongs to somebody else.
+    Args:
+        pool: Its name. The caller holds its lock.
+        uid: Whose.
+        shm_dir: Where.
+        place: With how many and which hex digits the pool ids of that lock's daemons begin: these
+            are all dead, whatever lock a client holds on what it was given. Without, an object
+            whose creator lives, by its lock, is not in the list.
     """
-    names = (
-        sorted(path.name for path in shm_dir.iterdir())[:SHM_NAMES_MAX] if shm_dir.is_dir() else []
-    )
+    prefix = f"cenote.{uid}.{pool}.{place}"
+    found = (path.name for path in shm_dir.iterdir()) if shm_dir.is_dir() else ()
+    names = sorted(name for name in found if name.startswith(prefix))[:SHM_NAMES_MAX]
     parsed = (ObjectName.parse(text) for text in names)
     mine = [name for name in parsed if name is not None and (name.pool, name.uid) == (pool, uid)]
-    found = (stale_at(name, shm_dir / str(name)) for name in mine)
-    return [stale for stale in found if stale is not None]
+    stale = (stale_at(name, shm_dir / str(name), dead=bool(place)) for name in mine)
+    return [each for each in stale if each is not None]
 
 
 def unlink_stale(pool: str, uid: int, shm_dir: Path = SHM_DIR) -> list[StaleObject]:
@@ -153,15 +163,15 @@ def unlink_stale(pool: str, uid: int, shm_dir: Path = SHM_DIR) -> list[StaleObje
     return removed
 
 
-def stale_at(name: ObjectName, path: Path) -> StaleObject | None:
-    """Return what is at *path* when its creator is dead and its owner is the one in *name*."""
+def stale_at(name: ObjectName, path: Path, *, dead: bool = False) -> StaleObject | None:
+    """Return what is at *path* when its creator is *dead* and its owner is the one in *name*."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None  # gone, or not ours to open
     try:
         found = os.fstat(fd)
-        if found.st_uid == name.uid and creator_is_dead(fd):
+        if found.st_uid == name.uid and (dead or creator_is_dead(fd)):
             return StaleObject(name, path, found.st_size)
         return None
     finally:
