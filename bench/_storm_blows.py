@@ -276,6 +276,8 @@ class Blows:
         """Wait for the daemon, and until it has served a hit to a new client."""
         self.daemons.wait_ready()
         if still is not None and still.live:
+            if still.exact:
+                self.kept.append(self.witness.share_of(still))
             self._first_hit(still)
             self.restarts_s.append(time.monotonic() - begun_s)
 
@@ -294,9 +296,6 @@ class Blows:
         self.violation("a new client found nothing of what was there")
 
     def _check(self, still: Still, what: str) -> None:
-        share = self.witness.share_of(still)
         self.witness.compare(still, what)
-        if still.exact and still.live:
-            self.kept.append(share)
         if self.witness.pool.pool_id != self.witness.born_in:
             self.violation("the pool was made anew")

@@ -184,7 +184,8 @@ class Witness:
     def __init__(self, folder: Path, clients: int, violation: Callable[[str], None]) -> None:
         self._violation = violation
         self._diaries = Diaries(folder)
-        self.tallies = tallies(folder, clients)
+        rows = tallies(folder, clients)
+        self.tallies, self._progress = rows[:clients], rows[clients]
         backoff = Backoff(0.02, 0.1)
         socket = folder / "pool.sock"
         self.pool = connect(socket, role="admin", label=LABEL, timeout_s=30, reconnect=backoff)
@@ -229,13 +230,15 @@ class Witness:
         return i in self.feed.live or self.feed.last.get(i, 0) >= since or self.there(i)
 
     def read_feed(self) -> None:
-        """Read on in the feed."""
-        while found := self._follower.read():
-            for item in found:
+        """Read on in the feed, up to what is its end now."""
+        head = self.catalog.now().event_head
+        while self._follower.sequence < head:
+            for item in self._follower.read():
                 if isinstance(item, Gap):
                     self._gap(item)
                 else:
                     self._event(item)
+            self._progress[0] = self._follower.sequence
 
     def _gap(self, gap: Gap) -> None:
         self.feed.gaps += 1

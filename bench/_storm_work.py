@@ -36,6 +36,7 @@ CHAIN: Final = 6
 HAIL: Final = 1 << 20  # keys from here on are of one byte: many changes for the keeper at once
 HAIL_KEYS: Final = 4096
 HAIL_BATCH: Final = 128
+WITNESS_LAG: Final = 20_000  # events that the witness may be behind for a client to hail
 MAILBOX: Final = "token"
 TALLIES: Final = "tallies"
 FIELDS: Final = (
@@ -82,11 +83,14 @@ def check(i: int, memory: Any) -> int:
 
 
 def tallies(folder: Path, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The counters of *count* clients: a row each, a column for each of FIELDS."""
+    """
+    The counters of *count* clients: a row each, a column for each of FIELDS. One row more: first
+    in it is how far the witness has read the feed.
+    """
     path = folder / TALLIES
     if not path.exists():
-        path.write_bytes(bytes(8 * count * len(FIELDS)))
-    return np.memmap(path, dtype=np.int64, mode="r+", shape=(count, len(FIELDS)))
+        path.write_bytes(bytes(8 * (count + 1) * len(FIELDS)))
+    return np.memmap(path, dtype=np.int64, mode="r+", shape=(count + 1, len(FIELDS)))
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ class Client:
         self._rng = random.Random(post.seed)
         self._role = post.role
         self._keys = post.keys
-        self._row = tallies(post.folder, post.clients)[post.number]
+        rows = tallies(post.folder, post.clients)
+        self._row, self._witness = rows[post.number], rows[post.clients]
         diary = post.folder / post.name
         self._diary = os.open(diary, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._held: list[tuple[int, Chunk]] = []
@@ -366,6 +371,8 @@ class Client:
 
     def hail(self) -> None:
         """Small chunks come and go, so that the keeper is in the middle of something."""
+        if self._head - int(self._witness[0]) > WITNESS_LAG:
+            return  # it has no CPU, and what it does not see it cannot judge
         first = HAIL + self._rng.randrange(HAIL_KEYS - HAIL_BATCH)
         numbers, since = range(first, first + HAIL_BATCH), self._head
         keys = b"".join(key_of(i) for i in numbers)

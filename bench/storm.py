@@ -224,6 +224,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="0: a random one")
     parser.add_argument("--json", type=Path, help="write the report there, too")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing is to be left by us, either
     seed = options.seed or random.SystemRandom().getrandbits(32)
     report = storm(options.seconds, seed)
     text = json.dumps({"bench": "storm", **report}, indent=1)
