@@ -50,7 +50,7 @@ STALL_S: Final = 10.0  # how long an answer may lie unread
 ACCEPT_PAUSE_S: Final = 1.0  # after the process ran out of descriptors
 RATE_PER_S: Final = 500.0  # requests of one connection, sustained
 RATE_BURST: Final = 250.0
-FORGET_S: Final = (20.0, 2.0, 0.2)  # after a connection ended: did its session end, too?
+FORGET_S: Final = (0.2, 2.0, 20.0)  # after a connection ended: did its session end, too?
 HEAVY_OPS: Final = frozenset({"audit", "clear"})  # in a thread: the others go on meanwhile
 
 log = get_log(__name__)
@@ -414,12 +414,9 @@ class PoolServer:
 
     def look_for_ends(self) -> None:
         """A session whose connection ended has ended soon; no timer runs for one that lives."""
-        if not self._looks:
-            self._looks = [self.loop.call_later(s, self._look) for s in FORGET_S]
-
-    def _look(self) -> None:
-        self._looks.pop()
-        self.service.forget_dead()
+        for look in self._looks:  # what ended before is seen by the new ones
+            look.cancel()
+        self._looks = [self.loop.call_later(s, self.service.forget_dead) for s in FORGET_S]
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run *work* beside everything else; close() waits for it."""
