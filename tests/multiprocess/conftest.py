@@ -31,11 +31,13 @@ from typing import Any, Final
 import pytest
 
 from cenote._native import _core
-from cenote.client import Cache, Manifest, Pool
+from cenote.client import Cache, Manifest, Pool, connect
+from cenote.client.connection import Backoff
 from cenote.client.testing import MemoryHost
+from cenote.shm import session
 from cenote.shm.identity import own_pidfd
 from cenote.shm.manifest import canonical
-from cenote.shm.session import Welcome, attach, new_hello, parse_welcome
+from cenote.shm.session import Welcome, new_hello, parse_welcome
 from cenote.shm.wire import Channel, close_all
 
 STOP_S: Final = 30  # a limit for a hang, not a claim about speed
@@ -53,13 +55,16 @@ def dying_with_us(argv: list[str]) -> list[str]:
     return [setpriv, "--pdeathsig", "KILL", *argv] if setpriv else argv
 
 
+_SOON: Final = Backoff(first_s=0.01, last_s=0.02)
+
+
 class Raw:
     """A session as hostile code has it: the calls into the core, and nothing of our client."""
 
     def __init__(self, channel: Channel, welcome: Welcome, fds: dict[str, int]) -> None:
         self.channel = channel
         self.welcome = welcome
-        self.mapping = attach(welcome, fds)
+        self.mapping = session.attach(welcome, fds)
         self.client = ffi.cast("struct cn_client *", self.mapping.ptr)
         manifest = canonical({"model": "raw", "layout": "l", "dtype": "uint8", "chunk_tokens": 1})
         reply = channel.request("namespace", {"manifest": manifest, "name": None})
@@ -302,3 +307,34 @@ def pool(host: MemoryHost) -> Iterator[Pool]:
 def cache(pool: Pool) -> Cache:
     """A namespace of it."""
     return pool.namespace(Manifest("m", "l", "uint8", 16))
+
+
+@pytest.fixture
+def start(cenoted: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """Return a function that starts a daemon whose pool is kept, or its successor."""
+
+    def start(*extra: str, after: Any = None, **options: Any) -> Any:
+        if after is not None:
+            options = {**after.options, **options, "path": after.socket, "pool": after.pool}
+        elif options.get("medium") == "file":
+            options["medium"] = f"file:{tmp_path}/region"
+        daemon = cenoted(*extra, keep=True, **options)
+        daemon.options = options
+        return daemon
+
+    return start
+
+
+@pytest.fixture
+def attach() -> Iterator[Callable[..., tuple[Pool, Cache]]]:
+    """Return a function that attaches to a daemon and opens a namespace."""
+    pools: list[Pool] = []
+
+    def attach(daemon: Any, **options: Any) -> tuple[Pool, Cache]:
+        pool = connect(daemon.socket, timeout_s=30.0, **{"reconnect": _SOON, **options})
+        pools.append(pool)
+        return pool, pool.namespace(Manifest("m", "l", "uint8", 16), timeout_s=30.0)
+
+    yield attach
+    for pool in pools:
+        pool.close()

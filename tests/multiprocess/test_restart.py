@@ -7,98 +7,27 @@ Real daemons and real clients. What happens at each step of a change is in tests
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from tests.multiprocess.restart_bed import (
+    MEDIA,
+    bytes_of,
+    holds,
+    key_of,
+    put,
+    session_of,
+    wait_until,
+)
 
-from cenote.client import Cache, Manifest, Pool, PoolFull, PoolGone, connect
-from cenote.client.connection import Backoff
+from cenote.client import PoolFull, PoolGone
 from cenote.shm.inspect import Catalog
-
-KIB = 1024
-MANIFEST = Manifest("m", "l", "uint8", 16)
-SOON = Backoff(first_s=0.01, last_s=0.02)
-MEDIA = ["shm", "memfd", "file"]
-
-
-def key_of(n: int) -> bytes:
-    """Return the key of chunk *n*."""
-    return n.to_bytes(8, "little") * 4
-
-
-def bytes_of(n: int, nbytes: int = 70_000) -> bytes:
-    """Return what it holds."""
-    return (n * 2654435761 % 2**32).to_bytes(4, "little") * (nbytes // 4)
-
-
-def put(cache: Cache, *numbers: int) -> None:
-    """Store some chunks, each linked when this returns."""
-    for n in numbers:
-        cache.put_many(key_of(n), [bytes_of(n)])
-    cache.flush(timeout_s=30.0)
-
-
-def holds(cache: Cache, *numbers: int) -> bool:
-    """Are they there, with their bytes?"""
-    for n in numbers:
-        with cache.get(key_of(n)) or pytest.fail(f"chunk {n} is gone") as chunk:
-            assert bytes(chunk.memory) == bytes_of(n)
-    return True
-
-
-def wait_until(true: Callable[[], Any]) -> None:
-    """Return once it is so; pytest's time limit ends it."""
-    pause = threading.Event()
-    while not true():
-        pause.wait(0.005)
-
-
-@pytest.fixture
-def start(cenoted: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
-    """Return a function that starts a daemon whose pool is kept, or its successor."""
-
-    def start(*extra: str, after: Any = None, **options: Any) -> Any:
-        if after is not None:
-            options = {**after.options, **options, "path": after.socket, "pool": after.pool}
-        elif options.get("medium") == "file":
-            options["medium"] = f"file:{tmp_path}/region"
-        daemon = cenoted(*extra, keep=True, **options)
-        daemon.options = options
-        return daemon
-
-    return start
-
-
-@pytest.fixture
-def attach() -> Iterator[Callable[..., tuple[Pool, Cache]]]:
-    """Return a function that attaches to a daemon and opens a namespace."""
-    pools: list[Pool] = []
-
-    def attach(daemon: Any, **options: Any) -> tuple[Pool, Cache]:
-        pool = connect(daemon.socket, timeout_s=30.0, **{"reconnect": SOON, **options})
-        pools.append(pool)
-        return pool, pool.namespace(MANIFEST, timeout_s=30.0)
-
-    yield attach
-    for pool in pools:
-        pool.close()
-
-
-def session_of(pool: Pool) -> tuple[bytes, int, int]:
-    """Return which session of which pool it is."""
-    welcome = pool._attachment.welcome
-    return welcome.pool_id, welcome.session, welcome.nonce
-
 
 # ---- the pool ------------------------------------------------------------------------------------
 
@@ -385,98 +314,6 @@ def test_a_killed_holder_is_replaced_at_a_stop(start: Any, attach: Any) -> None:
     assert len(first.events("pool_kept")) == 1
     _, other = attach(start(after=first))
     assert holds(other, 1)
-
-
-# ---- whose it is -----------------------------------------------------------------------------
-
-
-def test_a_lock_on_what_a_client_was_given_says_nothing(start: Any, attach: Any) -> None:
-    """A reader that waits for the lock on the catalog gets it with the daemon's death: so what."""
-    first = start(medium="shm")
-    _, cache = attach(first)
-    put(cache, 1)
-    first.kill()
-    with contextlib.ExitStack() as held:
-        for name in first.names():
-            file = held.enter_context(Path("/dev/shm", name).open("rb"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        second = start(after=first)
-        _, other = attach(second)
-        assert holds(other, 1)
-
-
-def test_pools_of_one_name_elsewhere_are_not_touched(
-    start: Any, attach: Any, cenoted: Callable[..., Any], tmp_path: Path
-) -> None:
-    """What a daemon of another socket left is neither taken over nor dropped by this one."""
-    first = start(medium="shm")
-    _, cache = attach(first)
-    put(cache, 1)
-    first.stop()
-    folder = tmp_path / "elsewhere"
-    folder.mkdir(mode=0o700)
-    for _ in range(2):  # ephemeral ones: they drop what is theirs at the beginning and at the end
-        other = cenoted(medium="shm", pool=first.pool, path=folder / "x.sock")
-        _, empty = attach(other)
-        assert empty.get(key_of(1)) is None
-        other.stop()
-    _, again = attach(start(after=first))
-    assert holds(again, 1)
-
-
-def test_a_hello_takes_no_role_from_another_process(start: Any, attach: Any) -> None:
-    """Whoever names a session and asks for less gets one of its own; the named one goes on."""
-    daemon = start()
-    pool, cache = attach(daemon)
-    resume = pool._attachment.welcome.as_resume.fields()
-    _channel, welcome, _fds = daemon.hello("reader", resume=resume)
-    assert not welcome.resumed
-    assert welcome.session != resume["session"]
-    put(cache, 1)
-    assert holds(cache, 1)
-
-
-POOL = """
-[[pool]]
-name = "{pool}"
-socket = "{socket}"
-default_quota = "QUOTA"
-[[pool.region]]
-medium = "memfd"
-size = "64MiB"
-"""
-
-
-def test_a_quota_of_the_new_configuration_holds(
-    start: Any, attach: Any, cenoted: Callable[..., Any]
-) -> None:
-    """A namespace that is older than the daemon gets the quota that its tenant has now."""
-    first = cenoted(config=POOL.replace("QUOTA", "0B"), keep=True)
-    _, cache = attach(first)
-    put(cache, *range(100))
-    first.stop()
-    config = POOL.replace("QUOTA", "2MiB")
-    second = cenoted(config=config, path=first.socket, pool=first.pool, keep=True)
-    pool, other = attach(second)
-    put(other, *range(200, 220))
-    assert pool.stats(timeout_s=30.0).bytes_used <= 2 * 2**20
-
-
-def test_rights_are_those_of_the_new_configuration(
-    start: Any, attach: Any, cenoted: Callable[..., Any]
-) -> None:
-    """A session whose user may only read from now on is a reader's, though it never says hello."""
-    first = cenoted(config=POOL.replace("QUOTA", "0B"), keep=True)
-    old, _ = attach(first, reconnect=False)
-    first.stop()
-    access = f'[pool.access]\nreaders = ["{os.geteuid()}"]\nadmins = ["65534"]\n'
-    config = POOL.replace("QUOTA", "0B") + access
-    second = cenoted(config=config, path=first.socket, pool=first.pool, keep=True)
-    pool, _ = attach(second)
-    listed = pool._control("sessions", {}, 30.0)["sessions"]
-    (role,) = [each["role"] for each in listed if each["nonce"] == session_of(old)[2]]
-    assert role == 1
-    assert pool.role == "reader"
 
 
 # ---- one daemon at a time ------------------------------------------------------------------------

@@ -16,6 +16,8 @@ import pytest
 
 from cenote.daemon.main import DESCRIPTORS_WANTED, EXIT_USAGE
 
+YOUNGER = "Unknown key 'FileDescriptorStorePreserve'"  # systemd 254; older ones ignore it
+
 
 @pytest.fixture
 def unit(project_root: Path) -> Path:
@@ -68,7 +70,7 @@ def test_each_directive_of_the_service_is_explained(unit: Path) -> None:
 
 def test_systemd_understands_the_unit(unit: Path, tmp_path: Path) -> None:
     """
-    systemd-analyze verify has nothing to say.
+    systemd-analyze verify has nothing to say, but for what came after its release.
     """
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
@@ -80,7 +82,8 @@ def test_systemd_understands_the_unit(unit: Path, tmp_path: Path) -> None:
         [analyze, "verify", "--man=no", str(copy)], capture_output=True, text=True, check=False
     )
 
-    assert (ran.returncode, [x for x in ran.stderr.splitlines() if unit.name in x]) == (0, [])
+    said = [x for x in ran.stderr.splitlines() if unit.name in x and YOUNGER not in x]
+    assert (ran.returncode, said) == (0, [])
 
 
 def test_systemd_understands_the_drop_in_for_vllm(project_root: Path, tmp_path: Path) -> None:
