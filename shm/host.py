@@ -203,7 +203,8 @@ class PoolHost:
         """Return what the registry has about a session beyond cn_session_info."""
         entry = registry_of(self._catalog)[info.session]
         if entry.nonce != info.nonce:
-            return {"label": "", "attached_ns": 0, "lease_limit_bytes": 0, "over_limit": False}
+            nothing = {"attached_ns": 0, "start_ns": 0, "lease_limit_bytes": 0, "over_limit": False}
+            return {"label": "", **nothing}
         return {
             "label": _core.ffi.string(entry.label).decode("utf-8", "replace"),
             "attached_ns": int(entry.attached_ns),
