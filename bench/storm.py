@@ -64,6 +64,7 @@ WEIGHTS: Final = {
     "stop_daemon": 5,
 }
 
+CHECKER_FILES: Final = 3  # of the task that checks, after a dirty start, what has a checksum
 Files = tuple[int | None, int | None]  # open descriptors of a daemon and of its holder
 
 
@@ -135,6 +136,8 @@ class Storm(Blows):
         self.checked_at_end = self.witness.check_all([*range(KEYS), *range(HAIL, HAIL + HAIL_KEYS)])
         self.witness.at_death(self.witness.take(), "at rest")
         begun_s = time.monotonic()
+        if self.pool["checksum"] == "commit" and before[0] is not None:
+            before = (before[0] + CHECKER_FILES, before[1])
         after = self._files()
         while _more(before, after) and time.monotonic() < begun_s + FORGET_S:
             time.sleep(0.1)  # it takes the dead out of custody at its own pace
