@@ -36,7 +36,7 @@ export PYTHONSAFEPATH := 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm dev demo demo-vllm test test-engine test-vllm test-c test-asan test-model test-crash test-wheel nightly lint format bench bench-vllm bench-peers clean
+.PHONY: help setup setup-vllm dev demo demo-vllm test test-engine test-vllm test-c test-asan test-model test-crash test-wheel test-guest nightly lint format bench bench-vllm bench-peers clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -114,6 +114,9 @@ nightly:  ## explore scenarios of three tasks, then fuzz with libFuzzer: two hou
 
 test-crash: setup  ## kill -9 everywhere
 	$(PYTEST) tests/crash $(ARGS)
+
+test-guest: setup  ## boot Debian with real systemd in QEMU; needs root, qemu-system-x86 and mmdebstrap
+	@.ci/test-guest $(PY) $(ARGS)
 
 test-wheel: $(STAMP)  ## build wheel and sdist, run the tests against what they install
 	@.ci/test-wheel $(PY) $(ARGS)

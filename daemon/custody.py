@@ -43,7 +43,8 @@ def open_custody(run_dir: Path, pool: str, environ: Mapping[str, str] | None = N
             "no_descriptor_store",
             pool=pool,
             remark="systemd ends a holder process together with the service",
-            remedy="write FileDescriptorStoreMax=8192 into the unit",
+            remedy="write FileDescriptorStoreMax=8192 into the unit and, where systemd is older "
+            "than 254, Environment=CENOTED_FDSTORE_MAX=8192",
         )
     return HolderCustody(run_dir, pool)
 

@@ -31,6 +31,10 @@ class Custody(Protocol):
     def survives(self) -> bool:
         """Does anything outlive the daemon?"""
 
+    @property
+    def freed_by(self) -> str:
+        """How a person frees what is kept while no daemon runs."""
+
     def keep(self, fds: Mapping[str, int]) -> None:
         """
         Return when all are kept under their names. The caller keeps its own copies.
@@ -66,6 +70,7 @@ class NoCustody:
 
     where = "nowhere"
     survives = False
+    freed_by = "`cenoted --drop`"  # what has names, if anything
 
     def keep(self, fds: Mapping[str, int]) -> None:
         """Do nothing."""

@@ -53,6 +53,7 @@ class HolderCustody:
     """
 
     survives = True
+    freed_by = "`cenoted --drop`"
 
     def __init__(self, run_dir: Path, pool: str) -> None:
         self._pool = pool

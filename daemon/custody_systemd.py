@@ -9,7 +9,8 @@ BARRIER=1 with a pipe's end is how we know that systemd has read all before it: 
 ourselves.
 
 The unit needs FileDescriptorStoreMax=, and FileDescriptorStorePreserve=yes for what is to outlive a
-stop besides a restart.
+stop besides a restart. Before 254 systemd has a store and does not tell the service: there the unit
+does, by $CENOTED_FDSTORE_MAX. Not by systemd's own $FDSTORE, for Environment= wins over that.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .holder import BATCH_MAX, NAME
 from .logs import get_log
 from .systemd import notify_address
 
+STORE_MAX_ENV: Final = "CENOTED_FDSTORE_MAX"
 FIRST_FD: Final = 3  # SD_LISTEN_FDS_START
 LISTEN_FDS_MAX: Final = 65_536
 NAMES_LOGGED_MAX: Final = 8
@@ -43,7 +45,7 @@ class Environment:
     """What systemd told this process, unread."""
 
     address: str
-    store_max: int  # 0: no store, or a systemd before 254, which does not say
+    store_max: int  # 0: no store, or a systemd before 254 and a unit that do not say
     listen_pid: str
     listen_fds: str
     listen_names: str
@@ -51,7 +53,7 @@ class Environment:
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Environment:
         """Take what concerns us from *environ*."""
-        store_max = environ.get("FDSTORE", "")
+        store_max = environ.get("FDSTORE") or environ.get(STORE_MAX_ENV, "")
         return cls(
             notify_address(environ),
             int(store_max) if _is_number(store_max) else 0,
@@ -187,6 +189,8 @@ class SystemdCustody:
 
     where = "systemd's descriptor store"
     survives = True
+    # `cenoted --drop` is no service, and systemd would not listen to it
+    freed_by = "`systemctl clean --what=fdstore` of the stopped service"
 
     def __init__(self, pool: str, store: FdStore) -> None:
         self._pool = pool

@@ -362,7 +362,7 @@ class ServedPool:
             size=format_size_rounded(counters["live_bytes"]),
             sessions=counters["sessions"],
             remark="the next daemon goes on with it; until then its memory stays in use, and "
-            "`cenoted --drop` frees it"
+            f"{self._custody.freed_by} frees it"
             if keep
             else "living readers keep their views",
         )

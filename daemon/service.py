@@ -26,6 +26,7 @@ from cenote.shm.wire import PROTOCOL_VERSION, Refusal, close_all, success
 
 from .access import AccessTable
 from .config import PoolConfig, options
+from .custody_base import CustodyError
 from .logs import get_log
 
 SESSIONS_BUSY: Final = 512  # from here on a uid's share of the sessions is looked at
@@ -216,7 +217,14 @@ class PoolService:
             )
         except PoolGone as error:
             raise Refusal("retired", str(error)) from error
-        except (CenoteError, MemoryError) as error:  # a limit, no room, no custody
+        except CustodyError as error:  # the log has the remedy, which is none of the client's
+            log.warning("session_refused", pool=name, error=str(error))
+            raise Refusal(
+                "limit",
+                f"pool {name!r} can open no session now: what keeps sessions over a restart of the "
+                "daemon takes no more; see its log",
+            ) from error
+        except (CenoteError, MemoryError) as error:  # a limit, no room
             raise Refusal("limit", f"pool {name!r}: {error}") from error
         except OSError as error:
             log.warning("session_refused", pool=name, exc=error)

@@ -17,7 +17,9 @@ import pytest
 
 SPDX: Final = "SPDX-License-Identifier: Apache-2.0"
 SOURCE_SUFFIXES: Final = {".py", ".pyi", ".c", ".h", ".sh", ".toml", ".mk"}
-SOURCE_NAMES: Final = {"Makefile", "run", "test-c", "test-python-asan", "test-wheel", "setup-vllm"}
+SOURCE_NAMES: Final = {
+    *("Makefile", "run", "test-c", "test-guest", "test-python-asan", "test-wheel", "setup-vllm")
+}
 # what git ignores, and what others unpack into a checkout
 NOT_OURS: Final = {
     *(".git", ".venv", ".venv-vllm", "build", "dist", "typings", "__pycache__", "node_modules")

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from tests.multiprocess.custody_bed import (
@@ -27,8 +27,10 @@ from tests.multiprocess.custody_bed import (
     pid_of,
 )
 
+from cenote.client import connect
 from cenote.daemon import custody_systemd, holder
 from cenote.daemon.custody import CustodyError, open_custody
+from cenote.shm.errors import LimitReached
 from cenote.shm.media.memfd import create_session_memfd, is_dead, liveness_fd
 
 # Moves the descriptors to 3 and on, then becomes the service: LISTEN_PID is its pid.
@@ -231,6 +233,33 @@ def test_the_limit_of_the_store_is_for_all_pools(systemd: Systemd) -> None:
     assert set(daemon.ask("keep", "c", "d", pool="q")) == {"c", "d"}
 
 
+def test_a_client_is_refused_when_the_store_is_full(
+    systemd: Systemd, monkeypatch: pytest.MonkeyPatch, cenoted: Callable[..., Any]
+) -> None:
+    """
+    With room for one session the second is told that it is a limit, the operator by which line;
+    once the first has ended, there is room again.
+    """
+    systemd.store_max = 6
+    for name, value in systemd.environ.items():
+        monkeypatch.setenv(name, value)
+    daemon = cenoted(keep=True)
+    first = connect(daemon.socket)
+
+    with pytest.raises(LimitReached, match="can open no session now"):
+        connect(daemon.socket)
+
+    (refused,) = daemon.events("session_refused")
+    assert "write FileDescriptorStoreMax=16 into the unit" in refused["error"]
+    assert len(systemd.inodes()) == 5
+    first.close()
+    del first  # and its mapping, which is what ends a session
+    pause = threading.Event()
+    while len(systemd.inodes()) > 2:
+        pause.wait(0.005)
+    connect(daemon.socket).close()
+
+
 def test_descriptors_of_nobody_and_of_two_are_left_alone(systemd: Systemd) -> None:
     """
     What has no name of ours is not taken, and of two under one name none: the wrong one could cost
@@ -245,6 +274,23 @@ def test_descriptors_of_nobody_and_of_two_are_left_alone(systemd: Systemd) -> No
     assert daemon.ask("unclaimed") == []
     daemon.ask("dissolve")
     assert set(systemd.inodes()) == {"stored", "p.Not_Ours", "p."}
+
+
+def test_a_unit_tells_what_an_older_systemd_does_not(systemd: Systemd) -> None:
+    """
+    Before 254 the first start has nothing that was kept to know the store by; a newer systemd's own
+    number counts more than the unit's.
+    """
+    told = {"CENOTED_FDSTORE_MAX": "2"}
+    newer = custody_systemd.Environment.read({**systemd.environ, **told})
+    systemd.says_max = False
+    older = custody_systemd.Environment.read({**systemd.environ, **told})
+
+    assert (newer.store_max, older.store_max) == (systemd.store_max, 2)
+    custody = open_custody(systemd.run_dir, "p", {**systemd.environ, **told})
+    assert custody.where == "systemd's descriptor store"
+    with pytest.raises(CustodyError, match=r"keeps 2 descriptors .* and 3 are to be kept"):
+        custody.keep({"a": 0, "b": 0, "c": 0})
 
 
 def test_an_older_systemd_is_known_by_what_it_kept(systemd: Systemd) -> None:

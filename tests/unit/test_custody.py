@@ -114,6 +114,9 @@ def test_nonsense_about_descriptors_is_logged(
         ({"NOTIFY_SOCKET": "@n", "FDSTORE": "1"}, True),
         ({"NOTIFY_SOCKET": "vsock:1:2", "FDSTORE": "8192"}, False),
         ({"FDSTORE": "8192"}, False),
+        ({"NOTIFY_SOCKET": "/run/n", "CENOTED_FDSTORE_MAX": "8192"}, True),  # before systemd 254
+        ({"NOTIFY_SOCKET": "/run/n", "CENOTED_FDSTORE_MAX": "8192", "FDSTORE": "0"}, False),
+        ({"CENOTED_FDSTORE_MAX": "8192"}, False),
         ({"NOTIFY_SOCKET": "/run/n", **listen()}, True),
         ({"NOTIFY_SOCKET": "/run/n", **listen(pid="1")}, False),
         ({"NOTIFY_SOCKET": "/run/n", **listen("1", "p2.a")}, False),
