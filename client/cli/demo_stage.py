@@ -173,7 +173,7 @@ class Stage:
     """Makes the processes and the directory of a demo, and clears all of it away."""
 
     def __init__(self) -> None:
-        self.pool = f"demo-{secrets.token_hex(6)}"
+        self.pool = f"demo-{secrets.token_hex(3)}"  # short: a socket is named after it
         self._folder: Path | None = None
         self._daemon: DaemonProcess | None = None
         self._engines: list[EngineProcess] = []

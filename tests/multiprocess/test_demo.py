@@ -28,14 +28,14 @@ SMALL: Final = ("--size", "tiny", "--tokens", "600")
 def started(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Return a function that starts the demo, with its files below tmp_path/tmp."""
     pytest.importorskip("transformers")
-    (tmp_path / "tmp").mkdir()
+    (tmp_path / "t").mkdir()
 
     def start(*args: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "cenote.client.cli.main", "demo", *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+            env={**os.environ, "TMPDIR": str(tmp_path / "t")},
             text=True,
         )
 
@@ -44,7 +44,7 @@ def started(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 
 def left_behind(tmp_path: Path) -> list[str]:
     """Return the files, shared memory and processes of a demo below tmp_path/tmp."""
-    folder = tmp_path / "tmp"
+    folder = tmp_path / "t"
     processes = [
         f"process {process.pid}"
         for process in psutil.process_iter(["cmdline"])
