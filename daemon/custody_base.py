@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+from cenote.shm.custody import Custody as PoolCustody
+from cenote.shm.custody import Nowhere
 from cenote.shm.errors import CenoteError
 
 from .holder import KEPT_MAX, NAME
@@ -15,7 +17,7 @@ class CustodyError(CenoteError):
     """Descriptors could not be kept or given back; the text has the remedy."""
 
 
-class Custody(Protocol):
+class Custody(PoolCustody, Protocol):
     """
     Where the descriptors of one pool outlive its daemon (I7). Not for several threads at once.
 
@@ -26,10 +28,6 @@ class Custody(Protocol):
     @property
     def where(self) -> str:
         """Where it is, for people."""
-
-    @property
-    def survives(self) -> bool:
-        """Does anything outlive the daemon?"""
 
     @property
     def freed_by(self) -> str:
@@ -65,18 +63,11 @@ class Custody(Protocol):
         """Forget everything and end the holder, if there is one. Raises nothing."""
 
 
-class NoCustody:
+class NoCustody(Nowhere):
     """Nothing outlives the daemon (--ephemeral)."""
 
     where = "nowhere"
-    survives = False
     freed_by = "`cenoted --drop`"  # what has names, if anything
-
-    def keep(self, fds: Mapping[str, int]) -> None:
-        """Do nothing."""
-
-    def drop(self, names: Iterable[str]) -> None:
-        """Do nothing."""
 
     def left(self) -> dict[str, int]:
         """Nothing is."""

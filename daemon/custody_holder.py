@@ -52,7 +52,6 @@ class HolderCustody:
         CustodyError: There is one that does not serve us.
     """
 
-    survives = True
     freed_by = "`cenoted --drop`"
 
     def __init__(self, run_dir: Path, pool: str) -> None:

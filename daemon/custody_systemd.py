@@ -188,7 +188,6 @@ class SystemdCustody:
     """The custody of *pool* in *store*."""
 
     where = "systemd's descriptor store"
-    survives = True
     # `cenoted --drop` is no service, and systemd would not listen to it
     freed_by = "`systemctl clean --what=fdstore` of the stopped service"
 

@@ -164,8 +164,9 @@ class ServedPool:
                 return True
             if any(region.medium.kind == "file" for region in self.spec.regions):
                 self._spared = None  # its place is needed
-            mark = name_in(self._spared, "") if self._spared else "none of them"
-            self._spared_names = [name for name in kept if name.startswith(mark)]
+            if self._spared is not None:
+                mark = name_in(self._spared, "")
+                self._spared_names = [name for name in kept if name.startswith(mark)]
             self._custody.drop(kept.keys() - set(self._spared_names))
             self._drop_others(self._spared)
             return False

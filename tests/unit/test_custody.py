@@ -25,13 +25,13 @@ def listen(fds: str = "2", names: str = "p.a:q.b", pid: str = PID) -> dict[str, 
 
 
 def test_no_custody_keeps_nothing() -> None:
-    """It can be used like any other, and says that nothing survives."""
+    """It can be used like any other, and keeps nothing."""
     custody: Custody = NoCustody()
     custody.keep({"a": 0})
     custody.drop(["a"])
 
     assert custody.left() == {}
-    assert (custody.where, custody.survives) == ("nowhere", False)
+    assert custody.where == "nowhere"
     custody.dissolve()
     custody.close()
 
