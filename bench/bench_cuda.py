@@ -12,7 +12,6 @@ around copies of at least 256 MiB in all, one behind the other; every byte is co
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -174,7 +173,7 @@ def main() -> int:
         torch, name = device_of()
         rows = [row for nbytes in SIZES for row in _copies(torch, nbytes, options.rounds)]
     except Skipped as why:
-        print(json.dumps({"bench": "cuda", "rows": [], "skipped": str(why)}))
+        report("cuda", [], skipped=str(why))
         return 0
     report("cuda", rows, rounds=options.rounds, device=name)
     return 0

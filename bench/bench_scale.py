@@ -12,7 +12,6 @@ random loads over memory of the catalog's size that both map. What is left below
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import os
 import random
@@ -160,7 +159,7 @@ def main() -> int:
     try:
         rows, details = measure(options.rounds, options.chunks)
     except Skipped as why:
-        print(json.dumps({"bench": "scale", "rows": [], "skipped": str(why)}))
+        report("scale", [], skipped=str(why))
         return 0
     report("scale", rows, **details)
     return 0

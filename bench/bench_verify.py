@@ -12,7 +12,6 @@ pool of many chunks, without their bytes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -150,7 +149,7 @@ def main() -> int:
     try:
         rows, details = measure(options.rounds, options.chunks)
     except Skipped as why:
-        print(json.dumps({"bench": "verify", "rows": [], "skipped": str(why)}))
+        report("verify", [], skipped=str(why))
         return 0
     report("verify", rows, **details)
     return 0
